@@ -1,0 +1,109 @@
+"""The options, the table at the end and the record of `pytest bench/ --benchmark-only`."""
+
+import json
+import platform
+import re
+import subprocess
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import race
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = pytest.StashKey[list[race.Result]]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("idml_fast benchmarks")
+    group.addoption("--rows", type=int, default=4096, help="N = M of the dense cases (4096)")
+    group.addoption("--rounds", type=int, default=5, help="rounds a case (5)")
+    group.addoption("--check", action="store_true", help="fail the cases that miss a bar")
+    group.addoption(
+        "--record",
+        nargs="?",
+        type=Path,
+        const=ROOT / "bench" / "results",
+        help="write the times as JSON into this folder (bench/results)",
+    )
+
+
+def pytest_configure(config):
+    config.stash[RESULTS] = []
+
+
+@pytest.fixture
+def rows(pytestconfig) -> int:
+    return pytestconfig.getoption("--rows")
+
+
+@pytest.fixture
+def race_case(benchmark, pytestconfig):
+    """Run a race.Case, keep its result for the table, and hold it to its bars under --check."""
+    if benchmark.disabled:
+        pytest.skip("benchmarks are disabled (by --benchmark-disable, or by more than one worker)")
+
+    def run(case: race.Case) -> None:
+        result = race.run(benchmark, case, pytestconfig.getoption("--rounds"))
+        pytestconfig.stash[RESULTS].append(result)
+        if pytestconfig.getoption("--check"):
+            missed = {who: bar for who, (bar, met) in result.verdicts().items() if not met}
+            assert not missed, f"{case.title}: ours misses {missed}"
+
+    return run
+
+
+@pytest.hookimpl(trylast=True)  # below pytest-benchmark's own table
+def pytest_terminal_summary(terminalreporter, config):
+    results = config.stash[RESULTS]
+    if not results:
+        return
+    about = machine()
+    terminalreporter.section("idml_fast against its peers")
+    terminalreporter.write_line(", ".join(f"{what} {value}" for what, value in about.items()))
+    terminalreporter.write_line(race.table(results))
+    folder = config.getoption("--record")
+    if folder is not None:
+        terminalreporter.write_line(f"\nrecorded in {record(results, about, folder)}")
+
+
+def machine() -> dict[str, str | int]:
+    cpu_info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpu_info.read_text()) if cpu_info.exists() else None
+    return {
+        "device": model[1] if model else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "idml_fast": version("idml_fast"),
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.check_output(describe, cwd=ROOT, text=True).strip()
+
+
+def record(results: list[race.Result], about: dict[str, str | int], folder: Path) -> Path:
+    """One file a run: bench/results/<date>-<device>-<commit>.json."""
+    device = re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower()).strip("-")
+    path = folder / f"{date.today()}-{device}-{about['commit']}.json"
+    cases = [
+        {
+            "case": result.case.title,
+            "flop": result.case.flop,
+            "seconds": result.seconds,
+            "extra_bytes": result.extra,
+            "ours_to": {who: result.ratio(who) for who in result.seconds if who != "ours"},
+            "bars": result.case.bars,
+            "memory_bar_mib": result.case.memory_bar,
+        }
+        for result in results
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**about, "cases": cases}, indent=1) + "\n")
+    return path

@@ -1,0 +1,161 @@
+"""How every benchmark here is run: a case, its contestants taking turns, and what comes out.
+
+A shared machine is slow for seconds at a time. Contestants measured one after the other would meet
+different machines, so here every round calls each of them once, and a ratio is the median over the
+rounds of the ratio within a round: what slows a round slows both sides of it and cancels, whereas
+two medians may come from different moments.
+"""
+
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+# "ours" and its peers, on the same inputs; each call returns every tensor it made that a user keeps
+Contestants = dict[str, Callable[[], tuple[torch.Tensor, ...]]]
+
+MIB = 2**20
+SMALL = 64  # N and M of the call that loads code and starts threads before memory is measured
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size. A second process builds it again: `build` must be importable by name."""
+
+    title: str
+    build: Callable[..., Contestants]  # called as build(*shape)
+    shape: tuple[int, ...]  # (N, M)
+    flop: float  # of one call, in the matrix products that the definition asks for
+    bars: dict[str, float] = field(default_factory=dict)  # peer: the largest ratio ours / peer
+    memory_bar: float | None = None  # MiB that ours must stay under, beyond inputs and results
+    rounds: int | None = None  # None: as many as the session asks for
+
+
+@dataclass(frozen=True)
+class Result:
+    case: Case
+    seconds: dict[str, list[float]]  # contestant: one time a round
+    extra: dict[str, int]  # contestant: bytes beyond inputs and results; empty where not measurable
+
+    def ratio(self, peer: str) -> float:
+        """What ours takes as a fraction of what `peer` takes."""
+        rounds = zip(self.seconds["ours"], self.seconds[peer], strict=True)
+        return statistics.median(ours / other for ours, other in rounds)
+
+    def verdicts(self) -> dict[str, tuple[str, bool]]:
+        """Contestant: the bar that its line of the table is held to, and whether it is met."""
+        held = {
+            peer: (f"at most {bar:.2f}", self.ratio(peer) <= bar)
+            for peer, bar in self.case.bars.items()
+        }
+        if self.case.memory_bar is not None and self.extra:
+            met = self.extra["ours"] < self.case.memory_bar * MIB
+            held["ours"] = (f"under {self.case.memory_bar:.0f} MiB", met)
+        return held
+
+
+def run(benchmark, case: Case, rounds: int) -> Result:
+    """Time the contestants in turn, then measure their memory in a process that has run nothing."""
+    seconds = times(benchmark, case.build(*case.shape), case.rounds or rounds)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh_process:
+        extra = fresh_process.submit(peak_memory, case).result()
+    benchmark.extra_info.update(seconds=seconds, extra_bytes=extra)
+    return Result(case, seconds, extra)
+
+
+def times(benchmark, contestants: Contestants, rounds: int) -> dict[str, list[float]]:
+    """pytest-benchmark times ours; the others run in the `setup` that it calls before every round.
+
+    Its own statistics, comparisons and JSON are thus those of ours.
+    """
+    for call in contestants.values():
+        call()  # compiles, starts threads
+    ours = contestants["ours"]
+    # The same call twice a round: ratios of others are no more exact than the ratio of these two.
+    others = {"ours again": ours, **contestants}
+    del others["ours"]
+    seconds: dict[str, list[float]] = {who: [] for who in others}
+
+    def play_others() -> None:
+        for who, call in others.items():
+            start = time.perf_counter()
+            result = call()
+            seconds[who].append(time.perf_counter() - start)
+            del result  # giving memory back is nobody's time
+
+    benchmark.pedantic(ours, setup=play_others, rounds=rounds)
+    return {"ours": list(benchmark.stats.stats.data), **seconds}
+
+
+def peak_memory(case: Case) -> dict[str, int]:
+    """Bytes resident at a contestant's peak beyond its inputs and what it returns; Linux only.
+
+    Before its one measured call a peer is called at full size, since torch.compile has to compile
+    for it; ours only at a small one, so that a workspace kept from call to call is counted.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return {}
+    full, small = case.build(*case.shape), case.build(*(SMALL for _ in case.shape))
+    extra = {}
+    for who, call in full.items():
+        small[who]() if who == "ours" else call()
+        gc.collect()
+        # Freed memory that the C library keeps would hide what is asked for anew.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+        before = resident("VmRSS")
+        results = call()
+        extra[who] = resident("VmHWM") - before - sum(t.nbytes for t in results)
+        del results
+    return extra
+
+
+def resident(what: str) -> int:
+    """`VmRSS` (resident now) or `VmHWM` (most since it was reset) of this process, in bytes."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[what].removesuffix("kB")) * 1024
+
+
+def table(results: list[Result]) -> str:
+    """One block a case, one line a contestant."""
+    columns = ("median ms", "spread", "TFLOP/s", "extra MiB", "ours / it", "bar")
+    lines = []
+    for result in results:
+        verdicts = result.verdicts()
+        lines += ["", result.case.title]
+        lines.append(line("", *columns))
+        for who, seconds in result.seconds.items():
+            median = statistics.median(seconds)
+            bar, met = verdicts.get(who, ("", True))
+            lines.append(
+                line(
+                    who,
+                    f"{median * 1e3:.1f}",
+                    spread(seconds),
+                    f"{result.case.flop / median / 1e12:.3f}",
+                    f"{result.extra[who] / MIB:.1f}" if who in result.extra else "",
+                    f"{result.ratio(who):.2f}" if who != "ours" else "",
+                    bar and f"{bar}: {'met' if met else 'MISSED'}",
+                )
+            )
+    return "\n".join(lines)
+
+
+def line(who: str, *cells: str) -> str:
+    *numbers, bar = cells
+    return f"  {who:11}{''.join(f'{number:>11}' for number in numbers)}  {bar}".rstrip()
+
+
+def spread(seconds: list[float]) -> str:
+    """The width of the middle half of the times, as a fraction of their median."""
+    if len(seconds) < 2:
+        return ""
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return f"{(high - low) / median:.0%}"

@@ -1,0 +1,100 @@
+"""The benchmarks on a tiny shape: contestants agree, and what is measured is what is reported."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark", reason="benchmarks need pytest-benchmark")
+
+BENCH = Path(__file__).resolve().parent.parent / "bench"
+
+
+@pytest.fixture
+def race(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    return importlib.import_module("race")
+
+
+@pytest.fixture
+def bench_pairwise(race):
+    return importlib.import_module("bench_pairwise")
+
+
+@pytest.mark.parametrize("sets", ["two sets", "rows against themselves"])
+def test_ours_and_the_formula_compute_the_same(bench_pairwise, sets):
+    shape = (33, 17) if sets == "two sets" else (33, 33)
+    both = bench_pairwise.contestants(
+        *shape, sets, "forward + backward", torch.float64, peers=("eager", "floor")
+    )
+    ours, eager = both["ours"](), both["eager"]()
+    assert len(ours) == (5 if sets == "two sets" else 3)  # scores and the gradients of the inputs
+    for one, other in zip(ours, eager, strict=True):
+        torch.testing.assert_close(one, other)
+    assert both["floor"]() == ()
+
+
+def result_of(race, ours, peer, extra, **bars):
+    case = race.Case("a case", build=dict, shape=(2, 2), flop=4e9, **bars)
+    extra = {"ours": extra * race.MIB, "peer": 0}
+    return race.Result(case, {"ours": ours, "peer": peer}, extra)
+
+
+def test_ratio_is_the_median_of_the_rounds(race):
+    # The second round is slow for both, the third for the peer alone: neither moves the median.
+    result = result_of(race, ours=[1.0, 9.0, 1.0], peer=[2.0, 18.0, 50.0], extra=0)
+    assert result.ratio("peer") == 0.5
+
+
+@pytest.mark.parametrize(("bar", "met"), [(0.51, True), (0.49, False)])
+def test_time_bar(race, bar, met):
+    result = result_of(race, ours=[0.001] * 3, peer=[0.002] * 3, extra=0, bars={"peer": bar})
+    assert result.verdicts() == {"peer": (f"at most {bar}", met)}
+    ours, peer = race.table([result]).splitlines()[-2:]
+    assert ours.split() == ["ours", "1.0", "0%", "4.000", "0.0"]
+    assert peer.split()[:6] == ["peer", "2.0", "0%", "2.000", "0.0", "0.50"]
+    assert peer.endswith("met" if met else "MISSED")
+
+
+@pytest.mark.parametrize(("extra", "met"), [(63, True), (64, False)])
+def test_memory_bar(race, extra, met):
+    result = result_of(race, ours=[1.0], peer=[1.0], extra=extra, memory_bar=64)
+    assert result.verdicts() == {"ours": ("under 64 MiB", met)}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read on Linux")
+def test_memory_counts_what_is_dropped_but_not_results(race):
+    def build(n, m):
+        def call():
+            dropped = torch.ones(n, m)
+            return (dropped + 1,)
+
+        return {"ours": call, "peer": lambda: (torch.ones(n, m),)}
+
+    case = race.Case("a case", build=build, shape=(2048, 2048), flop=1.0)  # 16 MiB a matrix
+    extra = race.peak_memory(case)
+    assert 15 * race.MIB < extra["ours"] < 20 * race.MIB
+    assert abs(extra["peer"]) < 4 * race.MIB
+
+
+def test_a_run_ends_with_the_table_and_leaves_a_record(tmp_path):
+    chosen = f"{BENCH / 'bench_pairwise.py'}::test_pairwise[two sets-forward-fp32]"
+    options = ["--benchmark-only", "--rows=64", "--rounds=2", "--check", f"--record={tmp_path}"]
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", chosen, *options, "-p", "no:cacheprovider"],
+        cwd=BENCH.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert "pairwise, two sets, forward, fp32, 64 x 64, D = 512" in ran.stdout
+    (path,) = tmp_path.iterdir()
+    (case,) = json.loads(path.read_text())["cases"]
+    assert set(case["seconds"]) == {"ours", "ours again", "eager", "compile", "floor"}
+    assert {len(seconds) for seconds in case["seconds"].values()} == {2}
+    assert case["bars"] == {}  # they stand for 4096 rows
