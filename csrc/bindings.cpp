@@ -1,0 +1,104 @@
+// The native module `_C`: raw pointers, sizes and strides in, nothing of torch. Its callers are the launchers beside the
+// kernels, which have checked everything; nothing is checked again here.
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "matrix.h"
+#include "pairwise.h"
+#include "score.h"
+#include "tile.h"
+
+namespace py = pybind11;
+using idml::Form;
+using idml::Gram;
+using idml::Matrix;
+using idml::Metric;
+using idml::Panel;
+using idml::Tile;
+using idml::cpu::Diagonal;
+
+namespace {
+
+// Calls `call` with a float or a double, as the matrix holds.
+template <class Call>
+void with_dtype(const Matrix& matrix, const Call& call) {
+  if (matrix.itemsize == sizeof(double))
+    call(double());
+  else
+    call(float());
+}
+
+template <class T>
+Metric<T> metric_of(double tau, double gamma) {
+  return {static_cast<T>(1.0 / tau), static_cast<T>(gamma)};
+}
+
+Form form_of(const std::string& name) {
+  return name == "distance" ? Form::distance : name == "cosine" ? Form::cosine : Form::official;
+}
+
+const char* isa_name() {
+  switch (idml::cpu::isa()) {
+    case idml::cpu::Isa::avx512:
+      return "AVX-512";
+    case idml::cpu::Isa::avx2:
+      return "AVX2";
+    default:
+      return "baseline";
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of idml_fast; call them through the launchers in idml_fast._cpu.";
+
+  py::class_<Matrix>(m, "Matrix")
+      .def(py::init<>())
+      .def(py::init([](std::uintptr_t data, std::int64_t rows, std::int64_t cols, std::int64_t row_stride,
+                       std::int64_t col_stride, std::int64_t itemsize) {
+        return Matrix{data, rows, cols, row_stride, col_stride, itemsize};
+      }));
+  py::class_<Panel>(m, "Panel").def(py::init<Matrix, Matrix>());
+  py::class_<Gram>(m, "Gram").def(py::init<Panel, Panel, Matrix, bool>());
+  py::class_<Tile>(m, "Tile").def(py::init<Gram>()).def(py::init<Gram, Gram>());
+  py::class_<Diagonal>(m, "Diagonal").def(py::init<>()).def(py::init<Matrix, Matrix>());
+  py::enum_<Form>(m, "Form")
+      .value("distance", Form::distance)
+      .value("cosine", Form::cosine)
+      .value("official", Form::official)
+      .def(py::init(&form_of));
+
+  m.def("isa", &isa_name);
+  m.def("has_bf16", &idml::cpu::has_bf16);
+  m.def("has_threads", &idml::cpu::has_threads);
+
+  m.def(
+      "squared_norms",
+      [](const Matrix& x, const Matrix& out, int threads) {
+        with_dtype(out, [&](auto zero) { idml::cpu::squared_norms<decltype(zero)>(x, out, threads); });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "pairwise_forward",
+      [](const Tile& tile, Form form, double tau, double gamma, const Matrix& scores, int threads) {
+        with_dtype(scores, [&](auto zero) {
+          using T = decltype(zero);
+          idml::cpu::pairwise_forward<T>(tile, form, metric_of<T>(tau, gamma), scores, threads);
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "pairwise_backward",
+      [](const Tile& tile, Form form, double tau, double gamma, const Matrix& upstream, int threads,
+         const Diagonal& sem, const Diagonal& unc) {
+        with_dtype(upstream, [&](auto zero) {
+          using T = decltype(zero);
+          idml::cpu::pairwise_backward<T>(tile, form, metric_of<T>(tau, gamma), upstream, sem, unc, threads);
+        });
+      },
+      py::arg("tile"), py::arg("form"), py::arg("tau"), py::arg("gamma"), py::arg("upstream"), py::arg("threads"),
+      py::arg("sem"), py::arg("unc") = Diagonal(), py::call_guard<py::gil_scoped_release>());
+}

@@ -1,0 +1,42 @@
+// Views of memory that belongs to somebody else (a torch tensor), and one tile of pairs made of them.
+
+#pragma once
+
+#include <cstdint>
+
+namespace idml {
+
+// A strided matrix as Python hands it over; strides count elements. A null pointer means: absent.
+struct Matrix {
+  std::uintptr_t data = 0;
+  std::int64_t rows = 0, cols = 0;
+  std::int64_t row_stride = 0, col_stride = 0;
+  std::int64_t itemsize = 0;  // bytes: 2 for bfloat16, 4 for float, 8 for double
+
+  template <class T>
+  T* row(std::int64_t i) const {
+    return reinterpret_cast<T*>(data) + i * row_stride;
+  }
+};
+
+// Some consecutive items of one side of the tile.
+struct Panel {
+  Matrix x;        // [n, D]
+  Matrix squares;  // [1, n] squared norms
+};
+
+// One of a tile's two products. `values` comes as x . y or, when `holds_squares`, as ||x +- y||^2 itself; every epilogue
+// overwrites it.
+struct Gram {
+  Panel rows;     // N items
+  Panel cols;     // M items
+  Matrix values;  // [N, M]
+  bool holds_squares = false;
+};
+
+struct Tile {
+  Gram sem;
+  Gram unc;  // absent (its values are) for a conventional metric
+};
+
+}  // namespace idml

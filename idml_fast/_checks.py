@@ -1,0 +1,193 @@
+"""The words of every input error: the argument, what was wanted, what came."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .metric import Metric
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def number(name: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
+    """``value`` is a real number that ``holds``."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    if not holds(value):
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def integer(name: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
+    """``value`` is an integer that ``holds``."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {_kind(value)}")
+    if not holds(value):
+        raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def pairs(
+    sem: Tensor,  # [N, Ds]
+    unc: Tensor | None,  # [N, Du]
+    sem2: Tensor | None,  # [M, Ds]
+    unc2: Tensor | None,  # [M, Du]
+    metric: Metric,
+) -> None:
+    """The embeddings of rows and columns fit together and suit the metric."""
+    instance("metric", metric, _metric(), "an idml_fast.Metric")
+    _tensor("sem", sem)
+    if unc is None and metric.reads_unc:
+        raise TypeError("unc must be a tensor because metric.tau is finite, got None")
+    sides = {"sem": sem, "unc": unc, "sem2": sem2, "unc2": unc2}
+    given = {name: x for name, x in sides.items() if x is not None}
+    for name, x in given.items():
+        _tensor(name, x)
+    if sem2 is None and unc2 is not None:
+        raise TypeError("sem2 must be given together with unc2, got None")
+    if sem2 is not None and (unc2 is None) != (unc is None):
+        missing, other = ("unc2", "unc") if unc2 is None else ("unc", "unc2")
+        raise TypeError(f"{missing} must be given together with {other}, got None")
+    for name, x in given.items():
+        if x.dim() != 2:
+            raise ValueError(f"{name} must have shape [items, width], got {_shape(x)}")
+        if x.shape[1] == 0:
+            raise ValueError(f"{name} must have a width of at least 1, got {_shape(x)}")
+    if unc is not None:
+        _shape_like("unc", unc, "sem", sem, [sem.shape[0], "Du"])
+    if sem2 is not None:
+        _shape_like("sem2", sem2, "sem", sem, ["M", sem.shape[1]])
+    if sem2 is not None and unc2 is not None and unc is not None:
+        _shape_like("unc2", unc2, "sem2 and unc", sem2, [sem2.shape[0], unc.shape[1]])
+    if sem.dtype not in FLOATS:
+        raise TypeError(f"sem must be {_names(FLOATS)}, got {_name(sem.dtype)}")
+    for name, x in given.items():
+        if x.dtype != sem.dtype:
+            raise TypeError(f"{name} must be {_name(sem.dtype)} like sem, got {_name(x.dtype)}")
+        if x.device != sem.device:
+            raise ValueError(f"{name} must be on {sem.device} like sem, got {x.device}")
+
+
+def labels(name: str, value: Tensor, items: Tensor, items_name: str) -> None:
+    """``value`` holds one integer label for each row of ``items``."""
+    _tensor(name, value)
+    if value.dim() != 1 or value.shape[0] != items.shape[0]:
+        raise ValueError(
+            f"{name} must have shape [{items.shape[0]}] like {items_name} {_shape(items)}, "
+            f"got {_shape(value)}"
+        )
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be of an integer dtype, got {_name(value.dtype)}")
+    if value.device != items.device:
+        raise ValueError(f"{name} must be on {items.device} like {items_name}, got {value.device}")
+
+
+def labels_below(name: str, value: Tensor, count: int) -> None:
+    """Every label is in ``[0, count)``.
+
+    Looking costs a synchronisation on a GPU and breaks a compiled graph, so only CPU labels outside
+    of ``torch.compile`` are looked at.
+    """
+    if torch.compiler.is_compiling() or value.device.type != "cpu" or value.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(value))
+    if low < 0 or high >= count:
+        raise ValueError(f"{name} must be in [0, {count}), got values from {low} to {high}")
+
+
+def column_labels(labels2: Any, sem2: Tensor | None) -> None:
+    """``labels2`` comes with ``sem2``, and fits it."""
+    if sem2 is not None:
+        labels("labels2", labels2, sem2, "sem2")
+    elif labels2 is not None:
+        raise TypeError("sem2 must be given together with labels2, got None")
+
+
+def vector(name: str, value: Tensor, items: Tensor, items_name: str) -> None:
+    """``value`` holds one number for each row of ``items``."""
+    _tensor(name, value)
+    if value.dim() != 1 or value.shape[0] != items.shape[0]:
+        raise ValueError(
+            f"{name} must have shape [{items.shape[0]}] like {items_name} {_shape(items)}, "
+            f"got {_shape(value)}"
+        )
+    if value.device != items.device:
+        raise ValueError(f"{name} must be on {items.device} like {items_name}, got {value.device}")
+
+
+def index(value: Any, rows: int, cols: int) -> None:
+    """``value`` is a pair of int64 vectors of one length, positions of rows and of columns."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise TypeError(f"index must be a pair (rows, cols) of tensors, got {_kind(value)}")
+    for name, positions, count in zip(("rows", "cols"), value, (rows, cols), strict=True):
+        _tensor(f"index {name}", positions)
+        if positions.shape != value[0].shape or positions.dim() != 1:
+            raise ValueError(f"index {name} must have shape [T], the same for both, got {_shape(positions)}")
+        if positions.dtype != torch.int64:
+            raise TypeError(f"index {name} must be int64, got {_name(positions.dtype)}")
+        labels_below(f"index {name}", positions, count)
+
+
+def same_length(sem: Tensor, sem2: Tensor | None) -> None:
+    """Row t can be paired with column t."""
+    if sem2 is None:
+        raise TypeError("sem2 must be given when index is None, got None")
+    if len(sem) != len(sem2):
+        raise ValueError(f"sem2 must have {len(sem)} rows like sem when index is None, got {len(sem2)}")
+
+
+def cosine_form(metric: Any, user: str) -> None:
+    """``metric`` is a similarity, which ``user`` needs."""
+    instance("metric", metric, _metric(), "an idml_fast.Metric")
+    if not metric.larger_is_closer:
+        raise ValueError(f"metric must be of form 'cosine' or 'official' for {user}, got {metric.form!r}")
+
+
+def instance(name: str, value: Any, kinds: Any, wanted: str) -> None:
+    """``value`` is an instance of one of ``kinds``."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
+
+
+def _metric() -> type[Metric]:
+    from .metric import Metric  # metric.py itself needs these checks
+
+    return Metric
+
+
+def _tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {_kind(value)}")
+
+
+def _shape_like(name: str, x: Tensor, other: str, like: Tensor, wanted: list[int | str]) -> None:
+    if all(isinstance(w, str) or w == n for w, n in zip(wanted, x.shape, strict=True)):
+        return
+    shape = ", ".join(map(str, wanted))
+    raise ValueError(f"{name} must have shape [{shape}] like {other} {_shape(like)}, got {_shape(x)}")
+
+
+def _kind(value: Any) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def _shape(x: Tensor) -> str:
+    return str(list(x.shape))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(_name(d) for d in dtypes[:-1]) + f" or {_name(dtypes[-1])}"

@@ -1,0 +1,80 @@
+"""How a pair of items is compared."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from . import _checks
+
+FORMS = ("distance", "cosine", "official")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The introspective metric: semantic distance, weakened by the pair's uncertainty.
+
+    With ``alpha = ||s_i - s_j||``, ``beta = ||u_i + u_j||`` and ``r = (beta + gamma) / (tau alpha)``::
+
+        form="distance"   D = alpha exp(-r)                    0 for identical items
+        form="cosine"     C = 1 - (1 - cos(s_i, s_j)) exp(-r)  1 for identical items
+        form="official"   C with r = (beta^2 + gamma) / (tau alpha^2)
+
+    Args:
+        tau: temperature, > 0; a larger one weakens the effect of the uncertainty. ``math.inf`` gives
+            the conventional metric (``alpha``, or the plain cosine), which does not read ``unc``.
+        gamma: offset of the uncertainty, >= 0.
+        form: one of the three above.
+
+    Raises:
+        TypeError, ValueError: an argument is of another type or out of its range.
+
+    Source: Wang et al., *Introspective Deep Metric Learning*, TPAMI 2023, arXiv 2309.09982
+    (eq. 6 of arXiv 2205.04449).
+
+    >>> Metric(tau=2.0).form
+    'distance'
+    >>> Metric.plain("cosine").reads_unc
+    False
+    """
+
+    tau: float = 5.0
+    gamma: float = 0.0
+    form: str = "distance"
+
+    def __post_init__(self) -> None:
+        _checks.number("tau", self.tau, "> 0", lambda tau: tau > 0)
+        _checks.number("gamma", self.gamma, ">= 0 and finite", lambda gamma: 0 <= gamma < math.inf)
+        _checks.one_of("form", self.form, FORMS)
+        object.__setattr__(self, "tau", float(self.tau))
+        object.__setattr__(self, "gamma", float(self.gamma))
+
+    @classmethod
+    def paper(cls, form: str = "distance") -> Metric:
+        """The paper's metric with its default temperature: ``tau = 5``, ``gamma = 0``."""
+        return cls(5.0, 0.0, form)
+
+    @classmethod
+    def plain(cls, form: str = "distance") -> Metric:
+        """The conventional metric: Euclidean distance or cosine similarity; ``unc`` is not read."""
+        return cls(math.inf, 0.0, form)
+
+    @classmethod
+    def official(cls) -> Metric:
+        """The expression of the authors' released code, for comparison with it only.
+
+        ``C = 1 - (1 - cos(s_i, p_j)) exp(-(||u_i||^2 + 4) / (5 ||s_i - p_j||^2))``: it squares both
+        norms where the paper does not, and the proxy ``p_j`` has no uncertainty (pass zeros). The
+        released network also normalises ``u``, so that ``||u_i||`` is constant and learns nothing.
+        """
+        return cls(5.0, 4.0, "official")
+
+    @property
+    def reads_unc(self) -> bool:
+        """Whether the uncertainty embeddings matter at all: ``tau`` is finite."""
+        return self.tau < math.inf
+
+    @property
+    def larger_is_closer(self) -> bool:
+        """Whether the score is a similarity (the cosine forms) and not a distance."""
+        return self.form != "distance"

@@ -1,0 +1,146 @@
+"""`pairwise`: the score of every row with every column."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _checks, reference
+from . import backend as backends
+from .metric import Metric
+
+
+def pairwise(
+    sem: Tensor,  # [N, Ds]
+    unc: Tensor | None,  # [N, Du]
+    sem2: Tensor | None = None,  # [M, Ds]
+    unc2: Tensor | None = None,  # [M, Du]
+    *,
+    metric: Metric = Metric(),
+    backend: str | None = None,
+) -> Tensor:  # [N, M]
+    """Introspective scores of all pairs, in the time of their two matrix products.
+
+    Replaces, for the distance form::
+
+        alpha = torch.cdist(sem, sem2)
+        beta = torch.cdist(unc, -unc2)
+        scores = alpha * torch.exp(-(beta + metric.gamma) / (metric.tau * alpha))
+
+    Neither ``alpha`` nor ``beta`` nor anything else of N x M is allocated besides the result, in the
+    forward or in the backward, which computes them again tile by tile. Without ``sem2`` the rows are
+    compared with themselves at half the products; the diagonal is then exactly 0 (1 for the cosine
+    forms) and carries no gradient. Near-duplicates are computed from their differences, so that an
+    alpha is right to about 128 times the precision of the products' accumulation, relatively.
+    The same input gives the same bits, whatever the number of threads.
+
+    Args:
+        sem, sem2: semantic embeddings; float32, float64, bfloat16 or float16, of any strides.
+        unc, unc2: uncertainty embeddings, not normalised; their width may differ from that of
+            ``sem``. May be None for a metric that does not read them (`Metric.plain`).
+        metric: temperature, offset and form.
+        backend: None takes the fastest that serves these tensors (`idml_fast.backend`).
+
+    Returns:
+        Scores in the dtype of the inputs; under autocast in the autocast dtype. Differentiable once
+        in all four embeddings; NaN and Inf in an embedding come out as NaN or Inf.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, and what would.
+        RuntimeError: no backend serves these tensors, or a second derivative is asked for.
+
+    Source: Wang et al., *Introspective Deep Metric Learning*, TPAMI 2023, arXiv 2309.09982.
+
+    >>> import torch, idml_fast
+    >>> sem, unc = torch.eye(3), torch.zeros(3, 2)
+    >>> idml_fast.pairwise(sem, unc)[0]
+    tensor([0.0000, 1.4142, 1.4142])
+    """
+    sem, unc, sem2, unc2 = autocast(sem, unc, sem2, unc2)
+    _checks.pairs(sem, unc, sem2, unc2, metric)
+    served = backends.choose("pairwise", sem, backend)
+    if not metric.reads_unc:
+        unc = unc2 = None
+    if served == "reference":
+        return reference.pairwise(sem, unc, sem2, unc2, metric=metric)
+    return torch.ops.idml_fast.pairwise(
+        sem, unc, sem2, unc2, metric.tau, metric.gamma, metric.form
+    )
+
+
+def autocast(*embeddings: Tensor | None) -> Iterator[Tensor | None]:
+    """The embeddings in the autocast dtype where autocast is on, as for PyTorch's own products."""
+    for x in embeddings:
+        cast = (
+            isinstance(x, Tensor)
+            and x.is_floating_point()
+            and x.dtype != torch.float64
+            and torch.is_autocast_enabled(x.device.type)
+        )
+        yield x.to(torch.get_autocast_dtype(x.device.type)) if cast else x
+
+
+# What PyTorch is told of the operation: shapes for torch.compile and export, a kernel per type of
+# device, and the gradient, which is an operation of its own so that it can be traced as well.
+
+_ARGUMENTS = (
+    "Tensor sem, Tensor? unc, Tensor? sem2, Tensor? unc2, float tau, float gamma, str form"
+)
+torch.library.define("idml_fast::pairwise", f"({_ARGUMENTS}) -> Tensor")
+torch.library.define(
+    "idml_fast::pairwise_backward", f"(Tensor upstream, {_ARGUMENTS}, bool[4] wanted) -> Tensor[]"
+)
+
+
+@torch.library.impl("idml_fast::pairwise", "CPU")
+def _forward_cpu(*arguments: Any) -> Tensor:
+    from ._cpu import pairwise as kernel
+
+    return kernel.forward(*arguments)
+
+
+@torch.library.impl("idml_fast::pairwise_backward", "CPU")
+def _backward_cpu(*arguments: Any) -> list[Tensor]:
+    from ._cpu import pairwise as kernel
+
+    return kernel.backward(*arguments)
+
+
+@torch.library.register_fake("idml_fast::pairwise")
+def _forward_fake(sem: Tensor, unc: Tensor | None, sem2: Tensor | None, *_: Any) -> Tensor:
+    return sem.new_empty(sem.shape[0], (sem if sem2 is None else sem2).shape[0])
+
+
+@torch.library.register_fake("idml_fast::pairwise_backward")
+def _backward_fake(upstream: Tensor, *arguments: Any) -> list[Tensor]:
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x, wanted in zip(arguments[:4], arguments[-1], strict=True)
+        if wanted
+    ]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.metric = inputs[4:]
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:4])
+    gradients = iter(
+        torch.ops.idml_fast.pairwise_backward(upstream, *ctx.saved_tensors, *ctx.metric, wanted)
+    )
+    return *(next(gradients) if w else None for w in wanted), None, None, None
+
+
+def _no_second_derivative(ctx: Any, *upstream: Any) -> None:
+    raise RuntimeError(
+        "idml_fast.pairwise has no second derivative; backend='reference' has every derivative"
+    )
+
+
+torch.library.register_autograd("idml_fast::pairwise", _backward, setup_context=_save)
+torch.library.register_autograd("idml_fast::pairwise_backward", _no_second_derivative)

@@ -1,0 +1,203 @@
+"""The four operations in eager PyTorch: the definition that the kernels are compared with.
+
+Any floating dtype, any device, differentiable as often as wanted; memory grows with N x M.
+Letters, edges and sources are those of `idml_fast.Metric`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .metric import Metric
+from .stats import Extremum, Statistic
+
+# Pairs whose squared distance is below this share of ||x||^2 + ||y||^2 have lost it to cancellation
+# in ||x||^2 + ||y||^2 - 2 x.y and are recomputed from the differences.
+NEAR = 2.0**-8
+
+
+def pairwise(
+    sem: Tensor,  # [N, Ds]
+    unc: Tensor | None,  # [N, Du]
+    sem2: Tensor | None = None,  # [M, Ds]
+    unc2: Tensor | None = None,  # [M, Du]
+    *,
+    metric: Metric,
+) -> Tensor:  # [N, M]
+    """See `idml_fast.pairwise`."""
+    sem2, unc2 = (sem, unc) if sem2 is None else (sem2, unc2)
+    dots = sem @ sem2.T
+    alpha2 = _squares(sem, sem2, -1, dots)
+    if unc is None or unc2 is None or not metric.reads_unc:
+        beta2 = torch.zeros_like(alpha2)
+    else:
+        beta2 = _squares(unc, unc2, 1, unc @ unc2.T)
+    if metric.form == "distance":
+        versine = None
+    else:
+        cosine = dots * _inverse_norms(sem)[:, None] * _inverse_norms(sem2)
+        versine = 1 - cosine
+    return score(alpha2, beta2, versine, metric)
+
+
+def score(alpha2: Tensor, beta2: Tensor, versine: Tensor | None, metric: Metric) -> Tensor:
+    """The score of pairs with squared distances ``alpha2``, squared uncertainties ``beta2`` and
+    ``versine = 1 - cos`` (which the distance form does not need); tensors of one shape."""
+    alpha, beta = _root(alpha2), _root(beta2)
+    base = alpha if versine is None else versine.masked_fill(alpha2 == 0, 0)
+    if metric.reads_unc:
+        squared = metric.form == "official"
+        length = (alpha2 if squared else alpha).clamp_min(torch.finfo(alpha.dtype).tiny)
+        base = base * torch.exp(-((beta2 if squared else beta) + metric.gamma) / (metric.tau * length))
+    return base if versine is None else 1 - base
+
+
+def rowstats(
+    sem: Tensor,  # [N, Ds]
+    unc: Tensor | None,  # [N, Du]
+    sem2: Tensor | None = None,  # [M, Ds]
+    unc2: Tensor | None = None,  # [M, Du]
+    *,
+    labels: Tensor,  # [N]
+    labels2: Tensor | None = None,  # [M]
+    metric: Metric,
+    stats: Mapping[str, Statistic],
+) -> dict[str, Tensor | Extremum]:
+    """See `idml_fast.rowstats`."""
+    scores = pairwise(sem, unc, sem2, unc2, metric=metric)
+    return reduce_rows(scores, labels, labels2, stats)
+
+
+def reduce_rows(
+    scores: Tensor,  # [N, M]
+    labels: Tensor,  # [N]
+    labels2: Tensor | None,  # [M], None: the rows against themselves
+    stats: Mapping[str, Statistic],
+) -> dict[str, Tensor | Extremum]:
+    """`rowstats` of scores that are already there."""
+    masks = {
+        where: columns_looked_at(scores, labels, labels2, where, exclude_self=labels2 is None)
+        for where in {stat.where for stat in stats.values()}
+    }
+    return {name: stat.reduce(scores, masks[stat.where]) for name, stat in stats.items()}
+
+
+def paired(
+    sem: Tensor,  # [N, Ds]
+    unc: Tensor | None,  # [N, Du]
+    sem2: Tensor | None = None,  # [M, Ds]
+    unc2: Tensor | None = None,  # [M, Du]
+    *,
+    index: tuple[Tensor, Tensor] | None = None,  # [T], [T]
+    metric: Metric,
+) -> Tensor:  # [T]
+    """See `idml_fast.paired`."""
+    sem2, unc2 = (sem, unc) if sem2 is None else (sem2, unc2)
+    if index is not None:
+        rows, cols = index
+        sem, sem2 = sem[rows], sem2[cols]
+        unc, unc2 = (None, None) if unc is None or unc2 is None else (unc[rows], unc2[cols])
+    alpha2 = (sem - sem2).square().sum(1)
+    if unc is None or unc2 is None or not metric.reads_unc:
+        beta2 = torch.zeros_like(alpha2)
+    else:
+        beta2 = (unc + unc2).square().sum(1)
+    versine = None
+    if metric.form != "distance":
+        versine = 1 - (sem * sem2).sum(1) * _inverse_norms(sem) * _inverse_norms(sem2)
+    return score(alpha2, beta2, versine, metric)
+
+
+def nearest(
+    sem: Tensor,  # [N, Ds]
+    unc: Tensor | None,  # [N, Du]
+    sem2: Tensor | None = None,  # [M, Ds]
+    unc2: Tensor | None = None,  # [M, Du]
+    *,
+    k: int,
+    metric: Metric,
+    labels: Tensor | None = None,  # [N]
+    labels2: Tensor | None = None,  # [M]
+    where: str = "any",
+    largest: bool | None = None,
+    exclude_self: bool = False,
+    above: Tensor | None = None,  # [N]
+) -> tuple[Tensor, Tensor]:  # [N, k], [N, k]
+    """See `idml_fast.nearest`."""
+    scores = pairwise(sem, unc, sem2, unc2, metric=metric)
+    largest = metric.larger_is_closer if largest is None else largest
+    return best_columns(scores, k, labels, labels2, where, largest, exclude_self, above)
+
+
+def best_columns(
+    scores: Tensor,  # [N, M]
+    k: int,
+    labels: Tensor | None,  # [N]
+    labels2: Tensor | None,  # [M]
+    where: str,
+    largest: bool,
+    exclude_self: bool,
+    above: Tensor | None,  # [N]
+) -> tuple[Tensor, Tensor]:  # [N, k], [N, k]
+    """`nearest` of scores that are already there."""
+    looked_at = columns_looked_at(scores, labels, labels2, where, exclude_self=exclude_self)
+    if above is not None:
+        looked_at = looked_at & (scores > above[:, None])
+    missing = -math.inf if largest else math.inf
+    found = min(k, scores.shape[1])
+    # Two stable sorts, by score and then by mask: a tie goes to the smaller column (topk promises
+    # no order), and columns not looked at come last, even behind an infinite score.
+    order = scores.sort(dim=1, descending=largest, stable=True).indices
+    first = looked_at.gather(1, order).byte().sort(dim=1, descending=True, stable=True).indices
+    columns = order.gather(1, first[:, :found])
+    chosen = looked_at.gather(1, columns)
+    values = scores.gather(1, columns).masked_fill(~chosen, missing)
+    columns = columns.masked_fill(~chosen, -1)
+    return (
+        torch.nn.functional.pad(values, (0, k - found), value=missing),
+        torch.nn.functional.pad(columns, (0, k - found), value=-1),
+    )
+
+
+def columns_looked_at(
+    scores: Tensor,  # [N, M]
+    labels: Tensor | None,  # [N]
+    labels2: Tensor | None,  # [M]
+    where: str,
+    *,
+    exclude_self: bool,
+) -> Tensor:  # [N, M], bool
+    """Which columns each row looks at, by their labels."""
+    if where == "any" or labels is None:
+        looked_at = torch.ones_like(scores, dtype=torch.bool)
+    else:
+        same = labels[:, None] == (labels if labels2 is None else labels2)
+        looked_at = same if where == "same" else ~same
+    if exclude_self:
+        looked_at = looked_at & ~torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
+    return looked_at
+
+
+def _squares(x: Tensor, y: Tensor, sign: int, dots: Tensor) -> Tensor:
+    """``||x_i + sign y_j||^2``, ``[N, M]``, from ``dots = x @ y.T``."""
+    scale = x.square().sum(1)[:, None] + y.square().sum(1)
+    squares = (scale + 2 * sign * dots).clamp_min(0)
+    rows, cols = (squares < NEAR * scale).nonzero(as_tuple=True)
+    return squares.index_put((rows, cols), (x[rows] + sign * y[cols]).square().sum(1))
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The square root whose derivative at 0 is 0."""
+    positive = squares > 0
+    return torch.where(positive, squares.where(positive, 1).sqrt(), squares.detach())
+
+
+def _inverse_norms(x: Tensor) -> Tensor:  # [N, D] -> [N]
+    """``1 / ||x||``, 0 for a zero vector."""
+    squares = x.square().sum(1)
+    nonzero = squares != 0
+    return torch.where(nonzero, squares.where(nonzero, 1).rsqrt(), 0 * squares)

@@ -1,0 +1,1 @@
+"""The CPU backend: Gram products by torch's BLAS, fused C++ epilogues on their tiles."""

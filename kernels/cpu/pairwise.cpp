@@ -1,0 +1,169 @@
+#include "pairwise.h"
+
+#include <cstdlib>
+#include <string>
+
+#include "tile.h"
+
+namespace idml::cpu {
+
+namespace {
+
+Isa detect() {
+  Isa widest = Isa::baseline;
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  widest = avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
+#endif
+  const char* wanted = std::getenv("IDML_FAST_CPU_ISA");
+  if (!wanted) return widest;
+  const Isa limit = std::string(wanted) == "avx512" ? Isa::avx512
+                    : std::string(wanted) == "avx2" ? Isa::avx2
+                                                    : Isa::baseline;
+  return std::min(widest, limit);
+}
+
+// One instantiation of `call` for each form, chosen here and nowhere else.
+template <class Call>
+void with_form(Form form, const Call& call) {
+  switch (form) {
+    case Form::distance:
+      return call(std::integral_constant<Form, Form::distance>{});
+    case Form::cosine:
+      return call(std::integral_constant<Form, Form::cosine>{});
+    case Form::official:
+      return call(std::integral_constant<Form, Form::official>{});
+  }
+}
+
+template <Form form, class T>
+IDML_INLINE void score_row(const Row<T>& row, Metric<T> metric, T* scores) {
+  for (std::int64_t j = 0; j < row.count; ++j) {
+    const T beta2 = row.beta2 ? row.beta2[j] : T(0);
+    scores[j] = score<form>(row.alpha2[j], beta2, form == Form::distance ? T(0) : row.versines[j], metric);
+  }
+}
+
+template <Form form, class T>
+IDML_INLINE void weigh_row(const Row<T>& row, Metric<T> metric, const T* upstream, T* row_sem, T* row_unc, T* col_sem,
+                           T* col_unc) {
+  T diagonal = 0;
+  T sum = 0;
+#pragma omp simd reduction(+ : diagonal, sum)
+  for (std::int64_t j = 0; j < row.count; ++j) {
+    const T beta2 = row.beta2 ? row.beta2[j] : T(0);
+    const T versine = form == Form::distance ? T(0) : row.versines[j];
+    const T col_inverse = form == Form::distance ? T(0) : row.col_inverses[j];
+    const Weights<T> w = weights<form>(row.alpha2[j], beta2, versine, row.inverse, col_inverse, metric);
+    const T g = upstream[j];
+    row.alpha2[j] = g * w.product;
+    diagonal += g * w.diagonal_row;
+    col_sem[j] += g * w.diagonal_col;
+    if (row.beta2) {
+      row.beta2[j] = g * w.sum;
+      sum += g * w.sum;
+      col_unc[j] += g * w.sum;
+    }
+  }
+  *row_sem += diagonal;
+  if (row.beta2) *row_unc += sum;
+}
+
+template <class T>
+void add(const T* terms, std::int64_t count, T* sums) {
+  for (std::int64_t j = 0; j < count; ++j) sums[j] += terms[j];
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa chosen = detect();
+  return chosen;
+}
+
+bool has_bf16() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+bool has_threads() {
+#if defined(_OPENMP)
+  return true;
+#else
+  return false;
+#endif
+}
+
+template <class S>
+IDML_INLINE double squared_norm(const Matrix& x, std::int64_t i) {
+  const S* row = x.row<S>(i);
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (std::int64_t k = 0; k < x.cols; ++k) {
+    const double value = row[k * x.col_stride];
+    total += value * value;
+  }
+  return total;
+}
+
+template <class T>
+void squared_norms(const Matrix& x, const Matrix& out, int threads) {
+  parallel(block_count(x.rows), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
+    const std::int64_t end = std::min((block + 1) * block_rows, x.rows);
+    for (std::int64_t i = block * block_rows; i < end; ++i)
+      out.row<T>(0)[i] =
+          static_cast<T>(x.itemsize == sizeof(BFloat16) ? squared_norm<BFloat16>(x, i) : squared_norm<T>(x, i));
+  });
+}
+
+template <class T>
+void pairwise_forward(const Tile& tile, Form form, Metric<T> metric, const Matrix& scores, int threads) {
+  with_form(form, [&](auto chosen) {
+    constexpr Form the_form = decltype(chosen)::value;
+    parallel(block_count(tile.sem.values.rows), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
+      walk_block<the_form, T>(tile, block, [&](const Row<T>& row) IDML_INLINE_LAMBDA {
+        score_row<the_form>(row, metric, scores.row<T>(row.index));
+      });
+    });
+  });
+}
+
+template <class T>
+void pairwise_backward(const Tile& tile, Form form, Metric<T> metric, const Matrix& upstream, const Diagonal& sem,
+                       const Diagonal& unc, int threads) {
+  const std::int64_t blocks = block_count(tile.sem.values.rows);
+  const std::int64_t count = tile.sem.values.cols;
+  // A block adds up its own columns; the blocks are then added in their order, whichever thread had them.
+  std::vector<T> sem_cols(blocks * count);
+  std::vector<T> unc_cols(blocks * count);
+  with_form(form, [&](auto chosen) {
+    constexpr Form the_form = decltype(chosen)::value;
+    parallel(blocks, threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
+      walk_block<the_form, T>(tile, block, [&](const Row<T>& row) IDML_INLINE_LAMBDA {
+        weigh_row<the_form>(row, metric, upstream.row<T>(row.index), sem.rows.row<T>(0) + row.index,
+                            unc.rows.row<T>(0) + row.index, &sem_cols[block * count], &unc_cols[block * count]);
+      });
+    });
+  });
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    if (sem.cols.data) add(&sem_cols[block * count], count, sem.cols.row<T>(0));
+    if (unc.cols.data) add(&unc_cols[block * count], count, unc.cols.row<T>(0));
+  }
+}
+
+template void squared_norms<float>(const Matrix&, const Matrix&, int);
+template void squared_norms<double>(const Matrix&, const Matrix&, int);
+template void pairwise_forward<float>(const Tile&, Form, Metric<float>, const Matrix&, int);
+template void pairwise_forward<double>(const Tile&, Form, Metric<double>, const Matrix&, int);
+template void pairwise_backward<float>(const Tile&, Form, Metric<float>, const Matrix&, const Diagonal&, const Diagonal&,
+                                       int);
+template void pairwise_backward<double>(const Tile&, Form, Metric<double>, const Matrix&, const Diagonal&, const Diagonal&,
+                                       int);
+
+}  // namespace idml::cpu

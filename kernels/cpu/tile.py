@@ -1,0 +1,161 @@
+"""The walk over tiles of pairs on the CPU: Gram products by `torch.mm`, into two small buffers.
+
+The epilogues work in float32 (float64 for float64). bfloat16 products stay in bfloat16 where the
+machine multiplies it natively; other half inputs are widened a panel at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from idml_fast import _C
+
+# Rows and columns of a tile. 2^19 float32 pairs are 2 MiB: the two buffers and the panels they come
+# from stay in the last cache, and the products are large enough for the BLAS to reach its speed.
+TILE = 1024, 512
+SELF_TILE = 512, 512
+
+
+class Products(NamedTuple):
+    """One of a tile's two products and the panels it comes from."""
+
+    values: Tensor  # [n, m], in the epilogue's dtype; the epilogue overwrites it
+    row_panel: Tensor  # [n, D], in the products' dtype
+    col_panel: Tensor  # [m, D], likewise
+    native: _C.Gram
+
+
+class Tile(NamedTuple):
+    """The pairs of some rows and some columns, their products computed."""
+
+    rows: slice
+    cols: slice
+    products: list[Products]  # of sem and, unless the metric is conventional, of unc
+    native: _C.Tile
+
+
+class Embedding:
+    """`sem` or `unc` of one side."""
+
+    def __init__(self, x: Tensor) -> None:  # [n, D]
+        self.x = x
+        self.epilogue_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.native_bf16 = x.dtype == torch.bfloat16 and _C.has_bf16()
+        self.product_dtype = x.dtype if self.native_bf16 else self.epilogue_dtype
+        self.squares = torch.empty(len(x), dtype=self.epilogue_dtype)  # [n], squared norms
+        for part in parts(len(x), TILE[0]):
+            _C.squared_norms(matrix(self.panel(part)), vector(self.squares[part]), threads())
+
+    def panel(self, part: slice) -> Tensor:
+        """Some items in the products' dtype: a view, unless they have to be widened."""
+        return self.x[part].to(self.product_dtype)
+
+    def factors(self, part: slice, sign: int, *, left: bool) -> Tensor:
+        """A panel as the product takes it.
+
+        bfloat16 is multiplied as ``[x, |x|^2, 1] . [2 sign y, 1, |y|^2]``, the squares as sums of
+        three bfloat16: so the square ``|x + sign y|^2`` cancels within the float32 accumulator, and
+        only what remains is rounded to bfloat16.
+        """
+        panel = self.panel(part)
+        if not self.native_bf16:
+            return panel
+        rest, thirds = self.squares[part, None], []
+        for _ in range(3):
+            thirds.append(rest.to(panel.dtype))
+            rest = rest - thirds[-1]
+        ones = [torch.ones_like(third) for third in thirds]
+        if left:
+            return torch.cat([panel, *thirds, *ones], dim=1)
+        return torch.cat([2 * sign * panel, *ones, *thirds], dim=1)
+
+
+class Gram:
+    """One of the walk's two products: of `sem`, or of `unc`."""
+
+    def __init__(self, x: Tensor, y: Tensor | None, sign: int, pairs: int) -> None:
+        self.sign = sign
+        self.x = Embedding(x)
+        self.y = self.x if y is None else Embedding(y)
+        self.buffer = torch.empty(pairs, dtype=self.x.epilogue_dtype)
+        self.bf16_buffer = torch.empty(pairs if self.x.native_bf16 else 0, dtype=torch.bfloat16)
+
+    def products(self, rows: slice, cols: slice, left: Tensor) -> Products:
+        """The product of two panels, ``left`` being the factors of the row panel."""
+        right = self.y.factors(cols, self.sign, left=False)
+        shape = len(left), len(right)
+        values = self.buffer[: math.prod(shape)].view(shape)
+        if self.x.native_bf16:
+            rounded = self.bf16_buffer[: math.prod(shape)].view(shape)
+            values.copy_(torch.mm(left, right.T, out=rounded))
+        else:
+            torch.mm(left, right.T, out=values)
+        row_panel, col_panel = self.x.panel(rows), self.y.panel(cols)
+        native = _C.Gram(
+            _C.Panel(matrix(row_panel), vector(self.x.squares[rows])),
+            _C.Panel(matrix(col_panel), vector(self.y.squares[cols])),
+            matrix(values),
+            self.x.native_bf16,
+        )
+        return Products(values, row_panel, col_panel, native)
+
+
+class Walk:
+    """Iterates over the tiles of all pairs; without a second side, over their upper triangle."""
+
+    def __init__(
+        self,
+        sem: Tensor,  # [N, Ds]
+        unc: Tensor | None,  # [N, Du]
+        sem2: Tensor | None,  # [M, Ds]
+        unc2: Tensor | None,  # [M, Du]
+    ) -> None:
+        self.symmetric = sem2 is None
+        self.shape = len(sem), len(sem if sem2 is None else sem2)
+        if self.symmetric:
+            self.tile_shape = SELF_TILE
+        else:
+            height = max(1, min(self.shape[0], TILE[0]))
+            self.tile_shape = height, math.prod(TILE) // height
+        pairs = math.prod(map(min, self.tile_shape, self.shape))
+        self.grams = [Gram(sem, sem2, -1, pairs)]
+        if unc is not None:
+            self.grams.append(Gram(unc, unc2, 1, pairs))
+        self.dtype = self.grams[0].x.epilogue_dtype
+
+    def __iter__(self) -> Iterator[Tile]:
+        for rows in parts(self.shape[0], self.tile_shape[0]):
+            lefts = [gram.x.factors(rows, gram.sign, left=True) for gram in self.grams]
+            first = rows.start if self.symmetric else 0
+            for cols in parts(self.shape[1], self.tile_shape[1], first):
+                products = [
+                    gram.products(rows, cols, left)
+                    for gram, left in zip(self.grams, lefts, strict=True)
+                ]
+                yield Tile(rows, cols, products, _C.Tile(*(p.native for p in products)))
+
+
+def parts(count: int, size: int, first: int = 0) -> Iterator[slice]:
+    """``range(first, count)`` in slices of ``size``, the last one shorter."""
+    for start in range(first, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def matrix(x: Tensor) -> _C.Matrix:  # [n, m]
+    """The view of a matrix that the native module takes; ``x`` must outlive it."""
+    return _C.Matrix(x.data_ptr(), *x.shape, *x.stride(), x.element_size())
+
+
+def vector(x: Tensor) -> _C.Matrix:  # [n]
+    """Likewise for a contiguous vector, as a matrix of one row."""
+    return _C.Matrix(x.data_ptr(), 1, len(x), 0, 1, x.element_size())
+
+
+def threads() -> int:
+    """As many as PyTorch uses."""
+    return torch.get_num_threads()
