@@ -18,6 +18,7 @@ using idml::Metric;
 using idml::Panel;
 using idml::Tile;
 using idml::cpu::Diagonal;
+using idml::cpu::Upstream;
 
 namespace {
 
@@ -62,9 +63,12 @@ PYBIND11_MODULE(_C, m) {
         return Matrix{data, rows, cols, row_stride, col_stride, itemsize};
       }));
   py::class_<Panel>(m, "Panel").def(py::init<Matrix, Matrix>());
-  py::class_<Gram>(m, "Gram").def(py::init<Panel, Panel, Matrix, bool>());
+  py::class_<Gram>(m, "Gram").def(py::init<Panel, Panel, Matrix, bool>()).def(py::init([](const Matrix& values) {
+    return Gram{{}, {}, values, false};
+  }));
   py::class_<Tile>(m, "Tile").def(py::init<Gram>()).def(py::init<Gram, Gram>());
   py::class_<Diagonal>(m, "Diagonal").def(py::init<>()).def(py::init<Matrix, Matrix>());
+  py::class_<Upstream>(m, "Upstream").def(py::init<Matrix, Matrix, Matrix>());
   py::enum_<Form>(m, "Form")
       .value("distance", Form::distance)
       .value("cosine", Form::cosine)
@@ -75,6 +79,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_bf16", &idml::cpu::has_bf16);
   m.def("has_threads", &idml::cpu::has_threads);
 
+  m.def("advise_huge_pages", &idml::cpu::advise_huge_pages);
   m.def(
       "squared_norms",
       [](const Matrix& x, const Matrix& out, int threads) {
@@ -83,18 +88,19 @@ PYBIND11_MODULE(_C, m) {
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "pairwise_forward",
-      [](const Tile& tile, Form form, double tau, double gamma, const Matrix& scores, int threads) {
+      [](const Tile& tile, Form form, double tau, double gamma, const Matrix& scores, const Matrix& mirror,
+         int threads) {
         with_dtype(scores, [&](auto zero) {
           using T = decltype(zero);
-          idml::cpu::pairwise_forward<T>(tile, form, metric_of<T>(tau, gamma), scores, threads);
+          idml::cpu::pairwise_forward<T>(tile, form, metric_of<T>(tau, gamma), scores, mirror, threads);
         });
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "pairwise_backward",
-      [](const Tile& tile, Form form, double tau, double gamma, const Matrix& upstream, int threads,
+      [](const Tile& tile, Form form, double tau, double gamma, const Upstream& upstream, int threads,
          const Diagonal& sem, const Diagonal& unc) {
-        with_dtype(upstream, [&](auto zero) {
+        with_dtype(upstream.gradient, [&](auto zero) {
           using T = decltype(zero);
           idml::cpu::pairwise_backward<T>(tile, form, metric_of<T>(tau, gamma), upstream, sem, unc, threads);
         });

@@ -102,16 +102,56 @@ IDML_INLINE T score(T alpha2, T beta2, T versine, Metric<T> metric) {
   return form == Form::distance ? alpha * decay : T(1) - versine * decay;
 }
 
-// `inverse_row` and `inverse_col` are 1/||s_i|| and 1/||s_j||, zero for a zero vector; only the cosine forms read them.
+// ln x to about 0.03 from the bits of a float: the start of an iteration needs no more.
+IDML_INLINE float rough_log(float x) {
+  std::int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return (static_cast<float>(bits) * 1.1920929e-7f - 126.957f) * 0.69314718f;
+}
+
+IDML_INLINE double rough_log(double x) { return std::log(x); }
+
+// Lambert's W(z) to 6 %, z >= 0: a Pade approximant at 0 and, from 1 on, the bound of Iacono and Boyd (2017).
+template <class T>
+IDML_INLINE T lambert_start(T z) {
+  const T low = z < T(1) ? z : T(1);  // keeps the branch that is not taken from overflowing
+  const T near_zero = low * (T(1) + T(4.0 / 3) * low) / (T(1) + (T(7.0 / 3) + T(5.0 / 6) * low) * low);
+  const T log = rough_log(T(1) + z);
+  const T beyond = log * (T(1) - rough_log(T(1) + log) / (T(2) + log));
+  return z < T(1) ? near_zero : beyond;
+}
+
+// The alpha of a pair whose distance-form score is D: the score inverted, so that the backward needs no semantic product.
+//
+//   alpha exp(-c / alpha) = D,  c = (beta + gamma) / tau    <=>    r exp(r) = z,  r = c / alpha,  z = c / D
+//
+// r = W(z) is Lambert's function; it is contractive (dr / r = dz / z / (1 + r)), so no digit of D is lost. Two steps of
+// Halley's method on r - z exp(-r) (three for double) end at rounding from a start that is within 6 %.
+template <class T>
+IDML_INLINE T alpha_of_distance(T distance, T beta, Metric<T> metric) {
+  const T c = (beta + metric.gamma) * metric.inverse_tau;
+  const T largest = std::numeric_limits<T>::max();
+  const T ratio = c / distance;
+  const T z = ratio > largest ? largest : ratio;
+  T r = lambert_start(z);
+  for (int step = 0; step < (sizeof(T) == sizeof(float) ? 2 : 3); ++step) {
+    const T f = r - z * exp_negative(r);
+    const T next = r + T(1);
+    r -= T(2) * next * f / (T(2) * next * next - (next + T(1)) * f);
+  }
+  // Without uncertainty D is alpha. Where D is zero, alpha is, or exp(-r) has underflowed: no gradient either way.
+  return distance == T(0) || !(r > std::numeric_limits<T>::min()) ? distance : c / r;
+}
+
+// What a pair's gradients are made of. `inverse_row` and `inverse_col` are 1/||s_i|| and 1/||s_j||, zero for a zero
+// vector; only the cosine forms read them and `versine`.
 template <Form form, class T>
-IDML_INLINE Weights<T> weights(T alpha2, T beta2, T versine, T inverse_row, T inverse_col, Metric<T> metric) {
-  const T alpha = std::sqrt(alpha2);
-  const T beta = std::sqrt(beta2);
-  const T r = exponent<form>(alpha2, alpha, beta2, beta, metric);
+IDML_INLINE Weights<T> weights(T alpha, T beta, T versine, T inverse_row, T inverse_col, Metric<T> metric) {
+  const T r = exponent<form>(alpha * alpha, alpha, beta * beta, beta, metric);
   // Identical items exchange no gradient; an unguarded 1/0 must not turn that into NaN.
-  const T decay = alpha2 == T(0) ? T(0) : exp_negative(r);
-  const T inverse_alpha = alpha2 == T(0) ? T(0) : T(1) / alpha;
-  const T inverse_beta = beta2 == T(0) ? T(0) : T(1) / beta;
+  const T decay = alpha == T(0) ? T(0) : exp_negative(r);
+  const T inverse_alpha = alpha == T(0) ? T(0) : T(1) / alpha;
+  const T inverse_beta = beta == T(0) ? T(0) : T(1) / beta;
   if (form == Form::distance) {
     const T a = decay * (T(1) + r) * inverse_alpha;
     return {-a, a, a, -decay * metric.inverse_tau * inverse_beta};

@@ -91,7 +91,8 @@ _ARGUMENTS = (
 )
 torch.library.define("idml_fast::pairwise", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define(
-    "idml_fast::pairwise_backward", f"(Tensor upstream, {_ARGUMENTS}, bool[4] wanted) -> Tensor[]"
+    "idml_fast::pairwise_backward",
+    f"(Tensor upstream, Tensor? scores, {_ARGUMENTS}, bool[4] wanted) -> Tensor[]",
 )
 
 
@@ -115,16 +116,16 @@ def _forward_fake(sem: Tensor, unc: Tensor | None, sem2: Tensor | None, *_: Any)
 
 
 @torch.library.register_fake("idml_fast::pairwise_backward")
-def _backward_fake(upstream: Tensor, *arguments: Any) -> list[Tensor]:
-    return [
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x, wanted in zip(arguments[:4], arguments[-1], strict=True)
-        if wanted
-    ]
+def _backward_fake(upstream: Tensor, scores: Tensor | None, *arguments: Any) -> list[Tensor]:
+    embeddings, wanted = arguments[:4], arguments[-1]
+    return [x.new_empty(x.shape) for x, w in zip(embeddings, wanted, strict=True) if w]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
+    # The distance form can be inverted: its scores, which exist anyway, spare the backward one of
+    # the two products.
+    form = inputs[-1]
+    ctx.save_for_backward(output if form == "distance" else None, *inputs[:4])
     ctx.metric = inputs[4:]
 
 

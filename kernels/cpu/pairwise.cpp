@@ -1,5 +1,9 @@
 #include "pairwise.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <string>
 
@@ -40,36 +44,63 @@ void with_form(Form form, const Call& call) {
 }
 
 template <Form form, class T>
-IDML_INLINE void score_row(const Row<T>& row, Metric<T> metric, T* scores) {
-  for (std::int64_t j = 0; j < row.count; ++j) {
-    const T beta2 = row.beta2 ? row.beta2[j] : T(0);
-    scores[j] = score<form>(row.alpha2[j], beta2, form == Form::distance ? T(0) : row.versines[j], metric);
+IDML_INLINE void score_row(const Row<T>& row, std::int64_t first, Metric<T> metric, T* scores) {
+  for (std::int64_t j = first; j < row.count; ++j) {
+    const T beta2 = row.unc ? row.unc[j] : T(0);
+    scores[j] = score<form>(row.sem[j], beta2, form == Form::distance ? T(0) : row.versines[j], metric);
+  }
+}
+
+// mirror[j, i] = scores[i, j] for the rows of one block, of each the pairs from first(i) on.
+template <class T, class First>
+IDML_INLINE void mirror_block(const Matrix& scores, const Matrix& mirror, std::int64_t block, const First& first) {
+  const std::int64_t begin = block * block_rows;
+  const std::int64_t end = std::min(begin + block_rows, scores.rows);
+  for (std::int64_t j = first(begin); j < scores.cols; ++j) {
+    T* column = mirror.row<T>(j);
+    for (std::int64_t i = begin; i < end; ++i)
+      if (j >= first(i)) column[i] = scores.row<T>(i)[j];
+  }
+}
+
+// gradient[i, j] + mirror[j, i] for the rows of one block.
+template <class T>
+IDML_INLINE void add_mirror(const Upstream& upstream, std::int64_t block, T* both) {
+  const std::int64_t begin = block * block_rows;
+  const std::int64_t end = std::min(begin + block_rows, upstream.gradient.rows);
+  const std::int64_t count = upstream.gradient.cols;
+  for (std::int64_t i = begin; i < end; ++i)
+    std::copy_n(upstream.gradient.row<T>(i), count, both + (i - begin) * count);
+  for (std::int64_t j = 0; j < count; ++j) {
+    const T* column = upstream.mirror.row<T>(j);
+    for (std::int64_t i = begin; i < end; ++i) both[(i - begin) * count + j] += column[i];
   }
 }
 
 template <Form form, class T>
-IDML_INLINE void weigh_row(const Row<T>& row, Metric<T> metric, const T* upstream, T* row_sem, T* row_unc, T* col_sem,
-                           T* col_unc) {
+IDML_INLINE void weigh_row(const Row<T>& row, Metric<T> metric, const T* upstream, const T* scores, T* row_sem,
+                           T* row_unc, T* col_sem, T* col_unc) {
   T diagonal = 0;
   T sum = 0;
 #pragma omp simd reduction(+ : diagonal, sum)
   for (std::int64_t j = 0; j < row.count; ++j) {
-    const T beta2 = row.beta2 ? row.beta2[j] : T(0);
+    const T beta = row.unc ? std::sqrt(row.unc[j]) : T(0);
+    const T alpha = form == Form::distance ? alpha_of_distance(scores[j], beta, metric) : std::sqrt(row.sem[j]);
     const T versine = form == Form::distance ? T(0) : row.versines[j];
     const T col_inverse = form == Form::distance ? T(0) : row.col_inverses[j];
-    const Weights<T> w = weights<form>(row.alpha2[j], beta2, versine, row.inverse, col_inverse, metric);
+    const Weights<T> w = weights<form>(alpha, beta, versine, row.inverse, col_inverse, metric);
     const T g = upstream[j];
-    row.alpha2[j] = g * w.product;
+    row.sem[j] = g * w.product;
     diagonal += g * w.diagonal_row;
     col_sem[j] += g * w.diagonal_col;
-    if (row.beta2) {
-      row.beta2[j] = g * w.sum;
+    if (row.unc) {
+      row.unc[j] = g * w.sum;
       sum += g * w.sum;
       col_unc[j] += g * w.sum;
     }
   }
   *row_sem += diagonal;
-  if (row.beta2) *row_unc += sum;
+  if (row.unc) *row_unc += sum;
 }
 
 template <class T>
@@ -100,6 +131,17 @@ bool has_threads() {
 #endif
 }
 
+void advise_huge_pages(const Matrix& matrix) {
+#if defined(__linux__)
+  constexpr std::uintptr_t page = std::uintptr_t(1) << 21;
+  const std::uintptr_t begin = (matrix.data + page - 1) / page * page;
+  const std::uintptr_t end = (matrix.data + matrix.rows * matrix.cols * matrix.itemsize) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)matrix;
+#endif
+}
+
 template <class S>
 IDML_INLINE double squared_norm(const Matrix& x, std::int64_t i) {
   const S* row = x.row<S>(i);
@@ -123,19 +165,23 @@ void squared_norms(const Matrix& x, const Matrix& out, int threads) {
 }
 
 template <class T>
-void pairwise_forward(const Tile& tile, Form form, Metric<T> metric, const Matrix& scores, int threads) {
+void pairwise_forward(const Tile& tile, Form form, Metric<T> metric, const Matrix& scores, const Matrix& mirror,
+                      int threads) {
+  const bool on_diagonal = mirror.data == scores.data;
   with_form(form, [&](auto chosen) {
     constexpr Form the_form = decltype(chosen)::value;
-    parallel(block_count(tile.sem.values.rows), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
-      walk_block<the_form, T>(tile, block, [&](const Row<T>& row) IDML_INLINE_LAMBDA {
-        score_row<the_form>(row, metric, scores.row<T>(row.index));
+    parallel(block_count(scores.rows), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
+      walk_block<the_form, Squares::all, T>(tile, block, [&](const Row<T>& row) IDML_INLINE_LAMBDA {
+        score_row<the_form>(row, on_diagonal ? row.index : 0, metric, scores.row<T>(row.index));
       });
+      if (mirror.data)
+        mirror_block<T>(scores, mirror, block, [&](std::int64_t i) { return on_diagonal ? i + 1 : 0; });
     });
   });
 }
 
 template <class T>
-void pairwise_backward(const Tile& tile, Form form, Metric<T> metric, const Matrix& upstream, const Diagonal& sem,
+void pairwise_backward(const Tile& tile, Form form, Metric<T> metric, const Upstream& upstream, const Diagonal& sem,
                        const Diagonal& unc, int threads) {
   const std::int64_t blocks = block_count(tile.sem.values.rows);
   const std::int64_t count = tile.sem.values.cols;
@@ -144,9 +190,15 @@ void pairwise_backward(const Tile& tile, Form form, Metric<T> metric, const Matr
   std::vector<T> unc_cols(blocks * count);
   with_form(form, [&](auto chosen) {
     constexpr Form the_form = decltype(chosen)::value;
+    constexpr Squares squares = the_form == Form::distance ? Squares::without_alpha : Squares::all;
     parallel(blocks, threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
-      walk_block<the_form, T>(tile, block, [&](const Row<T>& row) IDML_INLINE_LAMBDA {
-        weigh_row<the_form>(row, metric, upstream.row<T>(row.index), sem.rows.row<T>(0) + row.index,
+      std::vector<T> both(upstream.mirror.data ? block_rows * count : 0);
+      if (upstream.mirror.data) add_mirror(upstream, block, both.data());
+      walk_block<the_form, squares, T>(tile, block, [&](const Row<T>& row) IDML_INLINE_LAMBDA {
+        const T* gradient = upstream.mirror.data ? &both[(row.index - block * block_rows) * count]
+                                                 : upstream.gradient.row<T>(row.index);
+        const T* scores = the_form == Form::distance ? upstream.scores.row<T>(row.index) : nullptr;
+        weigh_row<the_form>(row, metric, gradient, scores, sem.rows.row<T>(0) + row.index,
                             unc.rows.row<T>(0) + row.index, &sem_cols[block * count], &unc_cols[block * count]);
       });
     });
@@ -159,11 +211,11 @@ void pairwise_backward(const Tile& tile, Form form, Metric<T> metric, const Matr
 
 template void squared_norms<float>(const Matrix&, const Matrix&, int);
 template void squared_norms<double>(const Matrix&, const Matrix&, int);
-template void pairwise_forward<float>(const Tile&, Form, Metric<float>, const Matrix&, int);
-template void pairwise_forward<double>(const Tile&, Form, Metric<double>, const Matrix&, int);
-template void pairwise_backward<float>(const Tile&, Form, Metric<float>, const Matrix&, const Diagonal&, const Diagonal&,
+template void pairwise_forward<float>(const Tile&, Form, Metric<float>, const Matrix&, const Matrix&, int);
+template void pairwise_forward<double>(const Tile&, Form, Metric<double>, const Matrix&, const Matrix&, int);
+template void pairwise_backward<float>(const Tile&, Form, Metric<float>, const Upstream&, const Diagonal&, const Diagonal&,
                                        int);
-template void pairwise_backward<double>(const Tile&, Form, Metric<double>, const Matrix&, const Diagonal&, const Diagonal&,
+template void pairwise_backward<double>(const Tile&, Form, Metric<double>, const Upstream&, const Diagonal&, const Diagonal&,
                                        int);
 
 }  // namespace idml::cpu

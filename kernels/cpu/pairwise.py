@@ -19,26 +19,34 @@ def forward(
     gamma: float,
     form: str,
 ) -> Tensor:  # [N, M]
-    """The scores, tile by tile; the lower triangle of rows against themselves is a copy."""
+    """The scores, tile by tile; rows against themselves fill both triangles from the upper one."""
     walk = Walk(sem, unc, sem2, unc2)
     scores = sem.new_empty(walk.shape)
+    _C.advise_huge_pages(matrix(scores))
+    direct = scores.dtype == walk.dtype
+    buffer = torch.empty_like(walk.grams[0].buffer[: 0 if direct else None])
     for tile in walk:
-        target = scores[tile.rows, tile.cols]
-        direct = target.dtype == walk.dtype
-        place = target if direct else tile.sem.values
-        _C.pairwise_forward(tile.native, _C.Form(form), tau, gamma, matrix(place), threads())
+        target, mirror = scores[tile.rows, tile.cols], scores[tile.cols, tile.rows]
+        place = target if direct else buffer[: target.numel()].view(target.shape)
+        on_diagonal = walk.symmetric and tile.rows == tile.cols
+        mirrored = _C.Matrix()
+        if on_diagonal:
+            mirrored = matrix(place)
+        elif walk.symmetric and direct:
+            mirrored = matrix(mirror)
+        _C.pairwise_forward(
+            tile.native, _C.Form(form), tau, gamma, matrix(place), mirrored, threads()
+        )
         if not direct:
             target.copy_(place)
-        if walk.symmetric and tile.rows == tile.cols:
-            # The BLAS does not promise that x.y and y.x round alike.
-            target.copy_(target.triu() + target.triu(1).T)
-        elif walk.symmetric:
-            scores[tile.cols, tile.rows].copy_(target.T)
+            if walk.symmetric:
+                mirror.copy_(place.T)
     return scores
 
 
 def backward(
     upstream: Tensor,  # [N, M]
+    scores: Tensor | None,  # [N, M], for the distance form
     sem: Tensor,  # [N, Ds]
     unc: Tensor | None,  # [N, Du]
     sem2: Tensor | None,  # [M, Ds]
@@ -48,22 +56,23 @@ def backward(
     form: str,
     wanted: list[bool],
 ) -> list[Tensor]:
-    """The gradients of those of the four embeddings that are wanted; the products come again."""
-    walk = Walk(sem, unc, sem2, unc2)
+    """The gradients of those of the four embeddings that are wanted.
+
+    The products come again; of the distance form only that of `unc`, since its scores give alpha.
+    """
+    walk = Walk(sem, unc, sem2, unc2, multiply_sem=scores is None)
     rows = [Gradient(gram.x, w) for gram, w in zip(walk.grams, wanted[:2], strict=False)]
     cols = [Gradient(gram.y, w) for gram, w in zip(walk.grams, wanted[2:], strict=False)]
     if walk.symmetric:
         cols = rows
-    buffer = torch.empty_like(walk.grams[0].buffer)
     for tile in walk:
         # A symmetric walk's tile stands for (i, j) and (j, i), and its columns are rows as well. On
         # the diagonal it holds both pairs already: there it counts for its rows alone.
         for_cols = not walk.symmetric or tile.rows != tile.cols
-        incoming = upstream[tile.rows, tile.cols]
-        if walk.symmetric or incoming.dtype != walk.dtype or incoming.stride(1) != 1:
-            incoming = buffer[: incoming.numel()].view(incoming.shape).copy_(incoming)
-        if walk.symmetric:
-            incoming += upstream[tile.cols, tile.rows].T
+        read = [upstream[tile.rows, tile.cols]]
+        read.append(upstream[tile.cols, tile.rows] if walk.symmetric else None)
+        read.append(None if scores is None else scores[tile.rows, tile.cols])
+        read = [x if x is None else readable(x, walk.dtype) for x in read]
         diagonals = [
             _C.Diagonal(
                 vector(row.diagonal[tile.rows]),
@@ -72,15 +81,28 @@ def backward(
             for row, col in zip(rows, cols, strict=True)
         ]
         _C.pairwise_backward(
-            tile.native, _C.Form(form), tau, gamma, matrix(incoming), threads(), *diagonals
+            tile.native,
+            _C.Form(form),
+            tau,
+            gamma,
+            _C.Upstream(*(_C.Matrix() if x is None else matrix(x) for x in read)),
+            threads(),
+            *diagonals,
         )
-        for row, col, products in zip(rows, cols, tile.products, strict=True):
-            weights = products.values.to(products.row_panel.dtype)
-            row.add(tile.rows, weights, products.col_panel)
+        for k, (row, col) in enumerate(zip(rows, cols, strict=True)):
+            weights = tile.values[k].to(tile.row_panels[k].dtype)
+            row.add(tile.rows, weights, tile.col_panels[k])
             if for_cols:
-                col.add(tile.cols, weights.T, products.row_panel)
+                col.add(tile.cols, weights.T, tile.row_panels[k])
     embeddings = [rows[0], rows[-1], cols[0], cols[-1]]
     return [e.finish() for e, w in zip(embeddings, wanted, strict=True) if w]
+
+
+def readable(x: Tensor, dtype: torch.dtype) -> Tensor:  # [n, m]
+    """A tile in the epilogue's dtype with contiguous rows: itself if it is, else a copy."""
+    if x.dtype == dtype and x.stride(1) == 1:
+        return x
+    return torch.empty(x.shape, dtype=dtype).copy_(x)
 
 
 class Gradient:
@@ -92,7 +114,8 @@ class Gradient:
         self.total = None  # [n, D]
         if wanted:
             self.total = torch.zeros(x.shape, dtype=embedding.epilogue_dtype)
-        self.diagonal = torch.zeros_like(embedding.squares)  # [n], multiplies the items themselves
+        # What multiplies the items themselves, [n].
+        self.diagonal = torch.zeros(len(x), dtype=embedding.epilogue_dtype)
 
     def add(self, part: slice, weights: Tensor, others: Tensor) -> None:
         """Adds ``weights [n, m] @ others [m, D]`` to some items, if the gradient is wanted."""

@@ -160,19 +160,21 @@ template <class T>
 struct Row {
   std::int64_t index;     // within the tile
   std::int64_t count;     // M
-  T* alpha2;              // [M] squared semantic distances; the epilogue may overwrite them
-  T* beta2;               // [M] squared pair uncertainties, likewise; null for a conventional metric
+  T* sem;                 // [M] squared semantic distances (not computed `without_alpha`); the epilogue may overwrite them
+  T* unc;                 // [M] squared pair uncertainties, likewise; null for a conventional metric
   T inverse;              // 1 / ||s_i||; this and the next two for the cosine forms only
   const T* col_inverses;  // [M] 1 / ||s_j||
   const T* versines;      // [M] 1 - cos
 };
 
-constexpr std::int64_t block_rows = 16;
+constexpr std::int64_t block_rows = 16;  // of float: a cache line of every column that is written transposed
 
 inline std::int64_t block_count(std::int64_t rows) { return (rows + block_rows - 1) / block_rows; }
 
+enum class Squares { all, without_alpha };
+
 // Calls epilogue(row) for every row of one block of the tile.
-template <Form form, class T, class Epilogue>
+template <Form form, Squares squares, class T, class Epilogue>
 IDML_INLINE void walk_block(const Tile& tile, std::int64_t block, const Epilogue& epilogue) {
   const Gram& sem = tile.sem;
   const std::int64_t count = sem.values.cols;
@@ -187,7 +189,7 @@ IDML_INLINE void walk_block(const Tile& tile, std::int64_t block, const Epilogue
   for (std::int64_t i = block * block_rows; i < end; ++i) {
     const T inverse = cosine ? inverse_norm(sem.rows.squares.row<T>(0)[i]) : T(0);
     if constexpr (cosine) versines_from_products(sem, i, inverse, col_inverses.data(), versines.data());
-    squares_of_row(sem, i, T(-1));
+    if constexpr (squares == Squares::all) squares_of_row(sem, i, T(-1));
     if constexpr (cosine) versines_from_squares(sem, i, inverse, col_inverses.data(), versines.data());
     T* beta2 = nullptr;
     if (tile.unc.values.data) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -21,22 +22,16 @@ TILE = 1024, 512
 SELF_TILE = 512, 512
 
 
-class Products(NamedTuple):
-    """One of a tile's two products and the panels it comes from."""
-
-    values: Tensor  # [n, m], in the epilogue's dtype; the epilogue overwrites it
-    row_panel: Tensor  # [n, D], in the products' dtype
-    col_panel: Tensor  # [m, D], likewise
-    native: _C.Gram
-
-
 class Tile(NamedTuple):
-    """The pairs of some rows and some columns, their products computed."""
+    """The pairs of some rows and some columns, ready for an epilogue."""
 
     rows: slice
     cols: slice
-    products: list[Products]  # of sem and, unless the metric is conventional, of unc
     native: _C.Tile
+    # Of sem and, unless the metric is conventional, of unc:
+    values: list[Tensor]  # [n, m] in the epilogue's dtype: the products, which it overwrites
+    row_panels: list[Tensor]  # [n, D] in the products' dtype
+    col_panels: list[Tensor]  # [m, D] likewise
 
 
 class Embedding:
@@ -47,9 +42,14 @@ class Embedding:
         self.epilogue_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.native_bf16 = x.dtype == torch.bfloat16 and _C.has_bf16()
         self.product_dtype = x.dtype if self.native_bf16 else self.epilogue_dtype
-        self.squares = torch.empty(len(x), dtype=self.epilogue_dtype)  # [n], squared norms
-        for part in parts(len(x), TILE[0]):
-            _C.squared_norms(matrix(self.panel(part)), vector(self.squares[part]), threads())
+
+    @cached_property
+    def squares(self) -> Tensor:  # [n]
+        """The squared norms, in the epilogue's dtype."""
+        squares = torch.empty(len(self.x), dtype=self.epilogue_dtype)
+        for part in parts(len(self.x), TILE[0]):
+            _C.squared_norms(matrix(self.panel(part)), vector(squares[part]), threads())
+        return squares
 
     def panel(self, part: slice) -> Tensor:
         """Some items in the products' dtype: a view, unless they have to be widened."""
@@ -85,28 +85,33 @@ class Gram:
         self.buffer = torch.empty(pairs, dtype=self.x.epilogue_dtype)
         self.bf16_buffer = torch.empty(pairs if self.x.native_bf16 else 0, dtype=torch.bfloat16)
 
-    def products(self, rows: slice, cols: slice, left: Tensor) -> Products:
-        """The product of two panels, ``left`` being the factors of the row panel."""
+    def values(self, rows: slice, cols: slice) -> Tensor:  # [n, m]
+        """The memory for the products of a tile; every tile uses the same."""
+        shape = rows.stop - rows.start, cols.stop - cols.start
+        return self.buffer[: math.prod(shape)].view(shape)
+
+    def multiply(self, rows: slice, cols: slice, left: Tensor) -> _C.Gram:
+        """Fills the values of a tile; ``left`` are the factors of its rows."""
+        values = self.values(rows, cols)
         right = self.y.factors(cols, self.sign, left=False)
-        shape = len(left), len(right)
-        values = self.buffer[: math.prod(shape)].view(shape)
         if self.x.native_bf16:
-            rounded = self.bf16_buffer[: math.prod(shape)].view(shape)
+            rounded = self.bf16_buffer[: values.numel()].view(values.shape)
             values.copy_(torch.mm(left, right.T, out=rounded))
         else:
             torch.mm(left, right.T, out=values)
-        row_panel, col_panel = self.x.panel(rows), self.y.panel(cols)
-        native = _C.Gram(
-            _C.Panel(matrix(row_panel), vector(self.x.squares[rows])),
-            _C.Panel(matrix(col_panel), vector(self.y.squares[cols])),
+        return _C.Gram(
+            _C.Panel(matrix(self.x.panel(rows)), vector(self.x.squares[rows])),
+            _C.Panel(matrix(self.y.panel(cols)), vector(self.y.squares[cols])),
             matrix(values),
             self.x.native_bf16,
         )
-        return Products(values, row_panel, col_panel, native)
 
 
 class Walk:
-    """Iterates over the tiles of all pairs; without a second side, over their upper triangle."""
+    """Iterates over the tiles of all pairs; without a second side, over their upper triangle.
+
+    With ``multiply_sem=False`` the values of `sem` are left empty.
+    """
 
     def __init__(
         self,
@@ -114,8 +119,11 @@ class Walk:
         unc: Tensor | None,  # [N, Du]
         sem2: Tensor | None,  # [M, Ds]
         unc2: Tensor | None,  # [M, Du]
+        *,
+        multiply_sem: bool = True,
     ) -> None:
         self.symmetric = sem2 is None
+        self.multiply_sem = multiply_sem
         self.shape = len(sem), len(sem if sem2 is None else sem2)
         if self.symmetric:
             self.tile_shape = SELF_TILE
@@ -129,15 +137,21 @@ class Walk:
         self.dtype = self.grams[0].x.epilogue_dtype
 
     def __iter__(self) -> Iterator[Tile]:
+        multiplied = self.grams if self.multiply_sem else self.grams[1:]
         for rows in parts(self.shape[0], self.tile_shape[0]):
-            lefts = [gram.x.factors(rows, gram.sign, left=True) for gram in self.grams]
+            row_panels = [gram.x.panel(rows) for gram in self.grams]
+            lefts = [gram.x.factors(rows, gram.sign, left=True) for gram in multiplied]
             first = rows.start if self.symmetric else 0
             for cols in parts(self.shape[1], self.tile_shape[1], first):
-                products = [
-                    gram.products(rows, cols, left)
-                    for gram, left in zip(self.grams, lefts, strict=True)
+                values = [gram.values(rows, cols) for gram in self.grams]
+                col_panels = [gram.y.panel(cols) for gram in self.grams]
+                native = [
+                    gram.multiply(rows, cols, left)
+                    for gram, left in zip(multiplied, lefts, strict=True)
                 ]
-                yield Tile(rows, cols, products, _C.Tile(*(p.native for p in products)))
+                if not self.multiply_sem:
+                    native.insert(0, _C.Gram(matrix(values[0])))
+                yield Tile(rows, cols, _C.Tile(*native), values, row_panels, col_panels)
 
 
 def parts(count: int, size: int, first: int = 0) -> Iterator[slice]:
