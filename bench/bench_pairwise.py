@@ -32,9 +32,9 @@ PASSES = pytest.mark.parametrize("passes", ["forward", "forward + backward"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-@DTYPES
-@PASSES
 @SETS
+@PASSES
+@DTYPES
 def test_pairwise(race_case, rows, sets, passes, dtype):
     bars = {}
     if rows == ROWS and dtype == torch.float32:
