@@ -52,8 +52,17 @@ struct Weights {
   T sum;
 };
 
-// exp(-r) for r >= 0, NaN for NaN, zero where the result would be subnormal. The float version is a polynomial because a
-// call into the mathematics library would keep the loop around it from being vectorised; its error is below 1.5 ulp.
+// A value's bits, and back.
+template <class To, class From>
+IDML_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// exp(-r) for r >= 0, NaN for NaN, zero where the result would be subnormal; below 1.5 ulp. These are polynomials because
+// a call into the mathematics library would keep the loop around it from being vectorised.
 IDML_INLINE float exp_negative(float r) {
 #if defined(__CUDA_ARCH__)
   return expf(-r);
@@ -71,16 +80,38 @@ IDML_INLINE float exp_negative(float r) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.0f;
-  std::uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits << 23) + 0x3f800000u;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
+  const float power = bits_as<float>((bits_as<std::uint32_t>(shifted) << 23) + 0x3f800000u);  // 2^n
   return r > largest ? 0.0f : p * power;
 #endif
 }
 
-IDML_INLINE double exp_negative(double r) { return std::exp(-r); }
+IDML_INLINE double exp_negative(double r) {
+#if defined(__CUDA_ARCH__)
+  return exp(-r);
+#else
+  const double largest = 708.0;
+  const double x = r > largest ? -largest : -r;
+  const double shifter = 6755399441055744.0;  // 1.5 * 2^52
+  const double shifted = x * 1.4426950408889634074 + shifter;
+  const double n = shifted - shifter;
+  const double f = (x - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
+  double p = 1.0 / 6227020800.0;  // Taylor's series to f^13: |f| is at most ln 2 / 2
+  p = p * f + 1.0 / 479001600.0;
+  p = p * f + 1.0 / 39916800.0;
+  p = p * f + 1.0 / 3628800.0;
+  p = p * f + 1.0 / 362880.0;
+  p = p * f + 1.0 / 40320.0;
+  p = p * f + 1.0 / 5040.0;
+  p = p * f + 1.0 / 720.0;
+  p = p * f + 1.0 / 120.0;
+  p = p * f + 1.0 / 24.0;
+  p = p * f + 1.0 / 6.0;
+  p = p * f + 0.5;
+  p = p * f * f + f + 1.0;
+  const double power = bits_as<double>((bits_as<std::uint64_t>(shifted) << 52) + 0x3ff0000000000000u);
+  return r > largest ? 0.0 : p * power;
+#endif
+}
 
 // The exponent r. A zero alpha stands for its limit: r is then huge (or zero, when there is no uncertainty at all), never
 // 0/0, and it stays finite so that exp(-r) * r is 0 and not NaN. NaN passes through every comparison below.
@@ -102,60 +133,64 @@ IDML_INLINE T score(T alpha2, T beta2, T versine, Metric<T> metric) {
   return form == Form::distance ? alpha * decay : T(1) - versine * decay;
 }
 
-// ln x to about 0.03 from the bits of a float: the start of an iteration needs no more.
+// ln x to about 0.03, from the bits: the start of an iteration needs no more.
 IDML_INLINE float rough_log(float x) {
-  std::int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return (static_cast<float>(bits) * 1.1920929e-7f - 126.957f) * 0.69314718f;
+  return (static_cast<float>(bits_as<std::int32_t>(x)) * 0x1p-23f - 126.957f) * 0.69314718f;
 }
 
-IDML_INLINE double rough_log(double x) { return std::log(x); }
+IDML_INLINE double rough_log(double x) {
+  return (static_cast<double>(bits_as<std::int64_t>(x)) * 0x1p-52 - 1022.957) * 0.69314718055994531;
+}
 
-// Lambert's W(z) to 6 %, z >= 0: a Pade approximant at 0 and, from 1 on, the bound of Iacono and Boyd (2017).
+// Lambert's function, the r >= 0 with r exp(r) = z, for z >= 0. It starts within 6 %, from a Pade approximant at 0 or the
+// bound of Iacono and Boyd (2017) from 1 on; each step of Halley's method on r - z exp(-r) then triples the digits.
 template <class T>
-IDML_INLINE T lambert_start(T z) {
+IDML_INLINE T lambert_w(T z) {
   const T low = z < T(1) ? z : T(1);  // keeps the branch that is not taken from overflowing
-  const T near_zero = low * (T(1) + T(4.0 / 3) * low) / (T(1) + (T(7.0 / 3) + T(5.0 / 6) * low) * low);
   const T log = rough_log(T(1) + z);
-  const T beyond = log * (T(1) - rough_log(T(1) + log) / (T(2) + log));
-  return z < T(1) ? near_zero : beyond;
-}
-
-// The alpha of a pair whose distance-form score is D: the score inverted, so that the backward needs no semantic product.
-//
-//   alpha exp(-c / alpha) = D,  c = (beta + gamma) / tau    <=>    r exp(r) = z,  r = c / alpha,  z = c / D
-//
-// r = W(z) is Lambert's function; it is contractive (dr / r = dz / z / (1 + r)), so no digit of D is lost. Two steps of
-// Halley's method on r - z exp(-r) (three for double) end at rounding from a start that is within 6 %.
-template <class T>
-IDML_INLINE T alpha_of_distance(T distance, T beta, Metric<T> metric) {
-  const T c = (beta + metric.gamma) * metric.inverse_tau;
-  const T largest = std::numeric_limits<T>::max();
-  const T ratio = c / distance;
-  const T z = ratio > largest ? largest : ratio;
-  T r = lambert_start(z);
+  const T numerator = z < T(1) ? low * (T(1) + T(4.0 / 3) * low) : log * (T(2) + log - rough_log(T(1) + log));
+  const T denominator = z < T(1) ? T(1) + (T(7.0 / 3) + T(5.0 / 6) * low) * low : T(2) + log;
+  T r = numerator / denominator;
   for (int step = 0; step < (sizeof(T) == sizeof(float) ? 2 : 3); ++step) {
     const T f = r - z * exp_negative(r);
     const T next = r + T(1);
     r -= T(2) * next * f / (T(2) * next * next - (next + T(1)) * f);
   }
-  // Without uncertainty D is alpha. Where D is zero, alpha is, or exp(-r) has underflowed: no gradient either way.
-  return distance == T(0) || !(r > std::numeric_limits<T>::min()) ? distance : c / r;
+  return r;
 }
 
-// What a pair's gradients are made of. `inverse_row` and `inverse_col` are 1/||s_i|| and 1/||s_j||, zero for a zero
-// vector; only the cosine forms read them and `versine`.
-template <Form form, class T>
-IDML_INLINE Weights<T> weights(T alpha, T beta, T versine, T inverse_row, T inverse_col, Metric<T> metric) {
-  const T r = exponent<form>(alpha * alpha, alpha, beta * beta, beta, metric);
-  // Identical items exchange no gradient; an unguarded 1/0 must not turn that into NaN.
-  const T decay = alpha == T(0) ? T(0) : exp_negative(r);
-  const T inverse_alpha = alpha == T(0) ? T(0) : T(1) / alpha;
+// What a pair's gradients are made of, for the distance form, from its score D: the score is inverted, so that a backward
+// needs no semantic product.
+//
+//   alpha exp(-r) = D,  r = c / alpha,  c = (beta + gamma) / tau    <=>    r exp(r) = c / D
+//
+// No digit is lost: dr / r = dz / z / (1 + r).
+template <class T>
+IDML_INLINE Weights<T> distance_weights(T distance, T beta, Metric<T> metric) {
+  const T c = (beta + metric.gamma) * metric.inverse_tau;
+  const T ratio = c / distance;
+  const T r = lambert_w(ratio > std::numeric_limits<T>::max() ? std::numeric_limits<T>::max() : ratio);
+  // Without uncertainty D is alpha. Where D is zero, so is alpha, or exp(-r) has underflowed: no gradient either way.
+  const bool certain = !(r > std::numeric_limits<T>::min());
+  const T quotient = (certain ? T(1) : r) / (certain ? distance : c);
+  const T inverse_alpha = distance == T(0) ? T(0) : quotient;
   const T inverse_beta = beta == T(0) ? T(0) : T(1) / beta;
-  if (form == Form::distance) {
-    const T a = decay * (T(1) + r) * inverse_alpha;
-    return {-a, a, a, -decay * metric.inverse_tau * inverse_beta};
-  }
+  const T decay = distance * inverse_alpha;  // exp(-r)
+  const T a = distance == T(0) ? T(0) : decay * (T(1) + r) * inverse_alpha;
+  return {-a, a, a, -decay * metric.inverse_tau * inverse_beta};
+}
+
+// The same for the cosine forms, from alpha and beta. `inverse_row` and `inverse_col` are 1/||s_i|| and 1/||s_j||, zero
+// for a zero vector.
+template <Form form, class T>
+IDML_INLINE Weights<T> cosine_weights(T alpha2, T beta2, T versine, T inverse_row, T inverse_col, Metric<T> metric) {
+  const T alpha = std::sqrt(alpha2);
+  const T beta = std::sqrt(beta2);
+  const T r = exponent<form>(alpha2, alpha, beta2, beta, metric);
+  // Identical items exchange no gradient; an unguarded 1/0 must not turn that into NaN.
+  const T decay = alpha2 == T(0) ? T(0) : exp_negative(r);
+  const T inverse_alpha = alpha2 == T(0) ? T(0) : T(1) / alpha;
+  const T inverse_beta = beta2 == T(0) ? T(0) : T(1) / beta;
   const T pull = versine * decay;
   const T power = form == Form::official ? T(2) : T(1);
   const T a = -power * pull * r * inverse_alpha * inverse_alpha;

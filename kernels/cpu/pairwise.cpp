@@ -78,17 +78,20 @@ IDML_INLINE void add_mirror(const Upstream& upstream, std::int64_t block, T* bot
 }
 
 template <Form form, class T>
+IDML_INLINE Weights<T> weights_of_pair(const Row<T>& row, std::int64_t j, T beta2, const T* scores, Metric<T> metric) {
+  if constexpr (form == Form::distance) return distance_weights(scores[j], std::sqrt(beta2), metric);
+  return cosine_weights<form>(row.sem[j], beta2, row.versines[j], row.inverse, row.col_inverses[j], metric);
+}
+
+template <Form form, class T>
 IDML_INLINE void weigh_row(const Row<T>& row, Metric<T> metric, const T* upstream, const T* scores, T* row_sem,
                            T* row_unc, T* col_sem, T* col_unc) {
   T diagonal = 0;
   T sum = 0;
 #pragma omp simd reduction(+ : diagonal, sum)
   for (std::int64_t j = 0; j < row.count; ++j) {
-    const T beta = row.unc ? std::sqrt(row.unc[j]) : T(0);
-    const T alpha = form == Form::distance ? alpha_of_distance(scores[j], beta, metric) : std::sqrt(row.sem[j]);
-    const T versine = form == Form::distance ? T(0) : row.versines[j];
-    const T col_inverse = form == Form::distance ? T(0) : row.col_inverses[j];
-    const Weights<T> w = weights<form>(alpha, beta, versine, row.inverse, col_inverse, metric);
+    const T beta2 = row.unc ? row.unc[j] : T(0);
+    const Weights<T> w = weights_of_pair<form>(row, j, beta2, scores, metric);
     const T g = upstream[j];
     row.sem[j] = g * w.product;
     diagonal += g * w.diagonal_row;
