@@ -1,0 +1,99 @@
+"""The run folder: whose it is, and files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import Config
+
+FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "results.json",
+    "conventional.safetensors",
+    "introspective.safetensors",
+    "report.html",
+)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its name once the block is done.
+
+    A run that is killed within the block leaves ``path`` as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    os.replace(partial, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(text, "utf-8")
+
+
+def to_json(value: dict, indent: int | None = None) -> str:
+    """``value`` as JSON; what is not a finite number becomes null, since JSON has no NaN."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=indent)
+
+
+def open_folder(config: Config) -> Path:
+    """Make the run folder, or take over the one that is there, and write ``config.yaml``.
+
+    A folder with a run of the same configuration is trained again, each file staying until its
+    successor is whole: the same seed gives the same run, so nothing is lost. A folder with anything
+    else is refused, unless ``run.overwrite`` says that its run is to be removed.
+
+    Raises:
+        FileExistsError: the folder holds another run, or something that is no run.
+    """
+    folder, text = config.folder, config.to_yaml()
+    there = folder / "config.yaml"
+    if folder.is_dir() and any(folder.iterdir()):
+        before = yaml.safe_load(there.read_text("utf-8")) if there.is_file() else None
+        if before != yaml.safe_load(text):
+            if not config.run.overwrite:
+                raise FileExistsError(
+                    f"{folder} holds {_difference(before, yaml.safe_load(text))}; "
+                    "choose another --name, or replace it with --run.overwrite true"
+                )
+            for name in FILES:
+                (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(there, text)
+    return folder
+
+
+def _difference(before: Any, now: dict) -> str:
+    """In words, how the configuration of the run that is there differs from this one."""
+    if not isinstance(before, dict):
+        return "files that are no run"
+    old, new = _flat(before), _flat(now)
+    changed = [
+        f"{key} {old.get(key, 'unset')} there, {new.get(key, 'unset')} here"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return f"a run of another configuration ({'; '.join(changed[:3])}{more})"
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat.update(
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat

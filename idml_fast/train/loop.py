@@ -1,0 +1,163 @@
+"""The training loop: two metrics, one seed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+from ..losses import ProxyAnchorLoss
+from ..metric import Metric
+from .config import Config, OptimConfig
+from .data import Data, load_data
+from .folder import open_folder, to_json, write_text
+from .model import TwoHeaded, save
+from .outcome import Outcome, evaluate, record
+from .report import text_table, write_report
+
+
+def run(config: Config) -> dict[str, dict[str, float | None]]:
+    """Train with the conventional and with the introspective metric, evaluate, and write it all.
+
+    ``<folder>/<name>/`` then holds ``config.yaml``, ``metrics.jsonl`` (a line an epoch and metric),
+    ``results.json`` (the table), a ``.safetensors`` model for either metric and ``report.html``.
+    What is evaluated and saved is the network after its last epoch, never the best on test classes.
+
+    Returns:
+        The results of ``conventional`` and ``introspective`` (in the main process); None for what a
+        metric without uncertainty lacks.
+
+    Raises:
+        FileExistsError: the folder holds another run.
+        FloatingPointError: the loss is no longer finite.
+        ValueError: the configuration does not suit the data set.
+    """
+    start = time.perf_counter()
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    accelerator = Accelerator(mixed_precision=config.run.mixed_precision, cpu=config.run.cpu)
+    data = load_data(config.data)
+    if accelerator.is_main_process:
+        open_folder(config)
+    metrics = {"conventional": Metric.plain("cosine"), "introspective": config.metric}
+    lines: list[dict] = []
+    outcomes: dict[str, Outcome] = {}
+
+    def on_epoch(line: dict) -> None:
+        lines.append(line)
+        write_text(config.folder / "metrics.jsonl", "".join(f"{to_json(x)}\n" for x in lines))
+
+    for name, metric in metrics.items():
+        model = train(accelerator, config, data, name, metric, on_epoch)
+        if accelerator.is_main_process:
+            epochs = [line for line in lines if line["metric"] == name]
+            outcomes[name] = evaluate(model, metric, config, data, epochs)
+            save(model, metric, config.folder / f"{name}.safetensors")
+        accelerator.free_memory()
+
+    results = {name: outcome.results for name, outcome in outcomes.items()}
+    if accelerator.is_main_process:
+        write_text(config.folder / "results.json", to_json(results, indent=2) + "\n")
+        seconds = time.perf_counter() - start
+        write_report(config.folder / "report.html", config, data, outcomes, seconds)
+        print(f"\n{text_table(results)}\n\n{config.folder / 'report.html'}")
+    return results
+
+
+def train(
+    accelerator: Accelerator,
+    config: Config,
+    data: Data,
+    name: str,
+    metric: Metric,
+    on_epoch: Callable[[dict], None],
+) -> TwoHeaded:
+    """Train one network with one metric; ``on_epoch`` gets the record of every epoch.
+
+    The network, its first weights and the order of the images depend on the seed alone, so that two
+    metrics start from the same place. Only the main process evaluates and calls ``on_epoch``.
+    """
+    set_seed(config.run.seed)
+    model = TwoHeaded(config.model, data.train_images.shape[1], data.train_images.shape[2:])
+    model.unc.requires_grad_(metric.reads_unc)
+    loss = ProxyAnchorLoss(
+        int(data.train_labels.max()) + 1,
+        config.model.sem_dim,
+        config.model.unc_dim,
+        metric=metric,
+        margin=config.loss.margin,
+        alpha=config.loss.alpha,
+        proxy_unc=config.loss.proxy_unc if metric.reads_unc else "zero",
+    )
+    optimizer, schedule = _adamw(config.optim, model, loss)
+    loader = DataLoader(
+        TensorDataset(data.train_images, data.train_labels),
+        config.data.batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(config.run.seed),
+    )
+    network, criterion, optimizer, loader = accelerator.prepare(model, loss, optimizer, loader)
+    parameters = [*network.parameters(), *criterion.parameters()]
+    hidden = (
+        None if accelerator.is_main_process else True
+    )  # None: hidden where there is no terminal
+    progress = tqdm(range(1, config.optim.epochs + 1), name, unit="epoch", disable=hidden)
+    for epoch in progress:
+        network.train()
+        steps = []
+        for images, labels in loader:
+            value = criterion(*network(images), labels)
+            accelerator.backward(value)
+            accelerator.clip_grad_value_(parameters, config.optim.clip)
+            steps.append(torch.stack([value.detach(), *_head_grads(model, metric)]))
+            optimizer.step()
+            optimizer.zero_grad()
+        schedule.step()
+        mean, sem_grad, *unc_grad = torch.stack(steps).mean(dim=0).tolist()
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"the loss is {mean} in epoch {epoch}; lower optim.lr")
+        if accelerator.is_main_process:
+            line = {
+                "metric": name,
+                "epoch": epoch,
+                "loss": mean,
+                "sem_grad_norm": sem_grad,
+                "unc_grad_norm": unc_grad[0] if unc_grad else None,
+                **record(model, metric, config, data),
+            }
+            on_epoch(line)
+            progress.set_postfix({"loss": f"{mean:.3f}", "R@1": f"{line['recall_at_1']:.1%}"})
+    return model
+
+
+def _adamw(
+    config: OptimConfig, model: TwoHeaded, loss: ProxyAnchorLoss
+) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
+    """AdamW and its schedule by epoch: steps, and a trunk that stands still during the warm-up."""
+    heads = [*model.sem.parameters(), *model.unc.parameters()]
+    groups = [
+        {"params": model.trunk.parameters()},
+        {"params": heads},
+        {"params": loss.parameters(), "lr": config.lr * config.proxy_lr},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+
+    def stepped(epoch: int) -> float:
+        return config.decay ** (epoch // config.step)
+
+    def warmed_up(epoch: int) -> float:
+        return stepped(epoch) if epoch >= config.warmup_epochs else 0.0
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, [warmed_up, stepped, stepped])
+
+
+def _head_grads(model: TwoHeaded, metric: Metric) -> list[torch.Tensor]:
+    """The gradient norm at the semantic head and, where it learns, at the uncertainty head."""
+    heads = (model.sem, model.unc) if metric.reads_unc else (model.sem,)
+    return [head.weight.grad.norm() for head in heads]

@@ -1,0 +1,96 @@
+"""The two-headed network, and its file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from ..metric import Metric
+from .config import ModelConfig
+from .folder import written_whole
+
+
+class TwoHeaded(nn.Module):
+    """A small ConvNet with a semantic head and an uncertainty head.
+
+    The semantic embedding is L2-normalised. The uncertainty embedding is not: of constant length it
+    would get no gradient from the loss and mean nothing.
+
+    Args:
+        config: the widths.
+        channels: of the images.
+        size: height and width of the images, in pixels.
+    """
+
+    def __init__(self, config: ModelConfig, channels: int, size: Sequence[int]) -> None:
+        super().__init__()
+        self.config, self.channels, self.size = config, channels, tuple(size)
+        narrow, wide = config.width, 2 * config.width
+        self.trunk = nn.Sequential(
+            *_convolution(channels, narrow),
+            *_convolution(narrow, narrow),
+            nn.MaxPool2d(2),
+            *_convolution(narrow, wide),
+            nn.MaxPool2d(2),
+            *_convolution(wide, wide),
+            nn.Flatten(),
+        )
+        features = wide * (size[0] // 4) * (size[1] // 4)
+        self.sem = nn.Linear(features, config.sem_dim)
+        self.unc = nn.Linear(features, config.unc_dim)
+
+    def forward(
+        self,
+        images: Tensor,  # [N, channels, height, width] in [0, 1]
+    ) -> tuple[Tensor, Tensor]:
+        """``(sem [N, Ds], unc [N, Du])`` of the images."""
+        features = self.trunk(images)
+        return F.normalize(self.sem(features), dim=1), self.unc(features)
+
+
+def _convolution(channels: int, out: int) -> tuple[nn.Module, ...]:
+    # Group norm: no batch statistics, so an image's embedding depends on that image alone.
+    groups = next(n for n in (4, 2, 1) if out % n == 0)
+    return nn.Conv2d(channels, out, 3, padding=1), nn.GroupNorm(groups, out), nn.ReLU()
+
+
+def save(model: TwoHeaded, metric: Metric, path: Path) -> None:
+    """Write the model as safetensors, with the metric and the widths in the file's metadata."""
+    shape = {"channels": model.channels, "size": model.size}
+    metadata = {
+        "model": json.dumps({"config": asdict(model.config), **shape}),
+        "metric": json.dumps(asdict(metric)),
+    }
+    with written_whole(path) as partial:
+        partial.write_bytes(to_bytes(model.state_dict(), metadata))
+
+
+def load(path: str | Path) -> tuple[TwoHeaded, Metric]:
+    """The model that a run has written, in evaluation mode on the CPU, and the metric it learned.
+
+    Args:
+        path: such as ``runs/digits/introspective.safetensors``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file was not written by ``idml-fast train``.
+
+    >>> model, metric = load("runs/digits/introspective.safetensors")  # doctest: +SKIP
+    >>> sem, unc = model(images)  # doctest: +SKIP
+    """
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    if not {"model", "metric"} <= metadata.keys():
+        raise ValueError(f"path must be a model that idml-fast train has written, got {path}")
+    shape = json.loads(metadata["model"])
+    model = TwoHeaded(ModelConfig(**shape["config"]), shape["channels"], shape["size"])
+    model.load_state_dict(load_file(path))
+    return model.eval(), Metric(**json.loads(metadata["metric"]))

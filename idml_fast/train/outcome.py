@@ -1,0 +1,87 @@
+"""What a trained network is worth: the numbers of the table, and what the report draws."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..evaluation import corrupted_norms, nmi, retrieval, severity_correlation
+from ..metric import Metric
+from .config import Config
+from .data import Data
+from .model import TwoHeaded
+
+
+@dataclass
+class Outcome:
+    """A trained network on the images of the unseen classes.
+
+    Args:
+        metric: it was trained with.
+        epochs: what was recorded after every epoch, as in ``metrics.jsonl``.
+        results: the numbers of the table; None for what a metric without uncertainty lacks.
+        sem: ``[M, Ds]`` on the CPU.
+        unc: ``[M, Du]`` on the CPU.
+        norms: ``||u||`` by corruption, ``[6, M]`` each; empty if the metric does not read ``unc``.
+    """
+
+    metric: Metric
+    epochs: list[dict]
+    results: dict[str, float | None]
+    sem: Tensor
+    unc: Tensor
+    norms: dict[str, Tensor]
+
+
+@torch.no_grad()
+def embed(
+    model: TwoHeaded,
+    images: Tensor,  # [M, channels, height, width]
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """``(sem [M, Ds], unc [M, Du])`` on the CPU, computed batch by batch in evaluation mode."""
+    model.eval()
+    device = next(model.parameters()).device
+    parts = [model(batch.to(device)) for batch in images.split(batch_size)]
+    sem, unc = zip(*parts, strict=True)
+    return torch.cat(sem).cpu(), torch.cat(unc).cpu()
+
+
+def record(model: TwoHeaded, metric: Metric, config: Config, data: Data) -> dict:
+    """What is worth a line after every epoch: retrieval among the unseen classes, and ``||u||``."""
+    sem, unc = embed(model, data.test_images, config.data.batch_size)
+    norm = unc.norm(dim=1) if metric.reads_unc else None
+    return {
+        **retrieval(sem, data.test_labels),
+        "unc_norm_mean": None if norm is None else norm.mean().item(),
+        "unc_norm_std": None if norm is None else norm.std().item(),
+    }
+
+
+def evaluate(
+    model: TwoHeaded, metric: Metric, config: Config, data: Data, epochs: list[dict]
+) -> Outcome:
+    """The trained network's outcome: its last epoch, clustering, and its uncertainty if it has one.
+
+    Retrieval and clustering use the semantic embedding alone, as the paper does.
+    """
+    sem, unc = embed(model, data.test_images, config.data.batch_size)
+    norms = {}
+    if metric.reads_unc:
+        norms = corrupted_norms(
+            lambda images: embed(model, images, config.data.batch_size), data.test_images
+        )
+    # The mean over all epochs: once the loss is small, any gradient is.
+    grads = [epoch["unc_grad_norm"] for epoch in epochs if metric.reads_unc]
+    results = {
+        **record(model, metric, config, data),
+        "nmi": nmi(sem, data.test_labels, seed=config.run.seed),
+        "unc_grad_norm": sum(grads) / len(grads) if grads else None,
+        **{
+            f"spearman_{name}": severity_correlation(norms[name]) if norms else None
+            for name in ("blur", "noise", "occlusion")
+        },
+    }
+    return Outcome(metric, epochs, results, sem, unc, norms)

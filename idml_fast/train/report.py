@@ -1,0 +1,293 @@
+"""The report: one HTML file that needs nothing else, and the table for the terminal."""
+
+from __future__ import annotations
+
+import math
+from base64 import b64encode
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from io import BytesIO
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from torch import Tensor
+
+from ..evaluation import CORRUPTIONS, retrieval
+from ..metric import Metric
+from ..nearest import nearest
+from .config import Config
+from .data import Data
+from .folder import write_text
+from .outcome import Outcome
+
+COLORS = {"conventional": "#98a1b0", "introspective": "#0f6e84"}
+STYLE = {
+    "font.size": 11,
+    "axes.edgecolor": "#c6cbd4",
+    "axes.labelcolor": "#414a59",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "xtick.color": "#6b7484",
+    "ytick.color": "#6b7484",
+    "grid.color": "#eceef2",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "svg.hashsalt": "idml_fast",  # or the names inside the drawing would differ from run to run
+}
+
+PERCENT, NORM, RANK = "{:.1%}", "{:.3g}", "{:+.2f}"
+ROWS = {
+    "Retrieval": (
+        ("Recall@1", "recall_at_1", PERCENT),
+        ("Recall@2", "recall_at_2", PERCENT),
+        ("Recall@4", "recall_at_4", PERCENT),
+        ("Recall@8", "recall_at_8", PERCENT),
+        ("NMI", "nmi", PERCENT),
+        ("R-precision", "r_precision", PERCENT),
+        ("MAP@R", "map_at_r", PERCENT),
+    ),
+    "Is the uncertainty alive?": (
+        ("Gradient norm at its head", "unc_grad_norm", NORM),
+        ("‖u‖, mean", "unc_norm_mean", NORM),
+        ("‖u‖, standard deviation", "unc_norm_std", NORM),
+        ("Spearman with blur", "spearman_blur", RANK),
+        ("Spearman with noise", "spearman_noise", RANK),
+        ("Spearman with occlusion", "spearman_occlusion", RANK),
+    ),
+}
+
+
+def table(results: dict[str, dict[str, float | None]]) -> dict[str, list[list[str]]]:
+    """The table: under each heading, rows of a title and a cell for every metric.
+
+    Args:
+        results: by metric, then by name; None, what the metric lacks, becomes an en dash.
+    """
+    return {
+        heading: [
+            [title, *(_cell(result[name], form) for result in results.values())]
+            for title, name, form in rows
+        ]
+        for heading, rows in ROWS.items()
+    }
+
+
+def text_table(results: dict[str, dict[str, float | None]]) -> str:
+    """The table for a terminal."""
+    sections = table(results)
+    cells = [row for rows in sections.values() for row in rows]
+    first = max(len(title) for title, *_ in cells)
+    width = max(len(name) for name in results)
+    lines = []
+    for heading, rows in sections.items():
+        names = results if not lines else [""] * len(results)
+        lines += ["", heading.ljust(first) + "".join(f"   {name:>{width}}" for name in names)]
+        lines += ["─" * (first + len(results) * (width + 3))]
+        for title, *values in rows:
+            lines += [title.ljust(first) + "".join(f"   {value:>{width}}" for value in values)]
+    return "\n".join(line.rstrip() for line in lines[1:])
+
+
+def write_report(
+    path: Path, config: Config, data: Data, outcomes: dict[str, Outcome], seconds: float
+) -> None:
+    """Write the report of a run: no script, no request, every figure and image within the file.
+
+    Args:
+        path: of the HTML file.
+        config: of the run.
+        data: the images it was trained on and tested with.
+        outcomes: by metric, ``conventional`` and ``introspective``.
+        seconds: that the run took.
+    """
+    shown = outcomes["introspective"]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    with rc_context(STYLE):
+        page = environment.get_template("report.html.j2").render(
+            config=config,
+            data=data,
+            seconds=seconds,
+            versions={name: version(name) for name in ("idml_fast", "torch")},
+            metrics=list(outcomes),
+            table=table({name: outcome.results for name, outcome in outcomes.items()}),
+            pixels=retrieval(data.test_images.flatten(1), data.test_labels)["recall_at_1"],
+            loss_figure=_curves(outcomes, "loss", "training loss"),
+            recall_figure=_curves(outcomes, "recall_at_1", "Recall@1, unseen classes"),
+            queries=_queries(shown, data, config.run.seed),
+            extremes=_extremes(shown, data),
+            corruptions=_corruptions(shown, data),
+            distance_figure=_surface(
+                shown, _distance, "D(α, β)", "YlGnBu", np.arange(0.25, 2, 0.25)
+            ),
+            gradient_figure=_surface(
+                shown,
+                _adaptive_gradient,
+                "H(α, β) = ∂D/∂α",
+                "YlGnBu_r",
+                (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98),
+            ),
+        )
+    write_text(path, page)
+
+
+def _cell(value: float | None, form: str) -> str:
+    if value is None:
+        return "–"
+    return "undefined" if math.isnan(value) else form.format(value).replace("%", " %")
+
+
+def _curves(outcomes: dict[str, Outcome], name: str, label: str) -> str:
+    figure, axes = _axes()
+    for metric, outcome in outcomes.items():
+        epochs = [epoch["epoch"] for epoch in outcome.epochs]
+        values = [epoch[name] for epoch in outcome.epochs]
+        axes.plot(epochs, values, color=COLORS[metric], label=metric, marker="o", markersize=3.5)
+    if name == "loss":
+        axes.set_yscale("log")
+    else:
+        shares = axes.get_ylim()  # to whole tenths: a small wobble is to look small
+        axes.set_ylim(math.floor(10 * shares[0]) / 10, min(1.0, math.ceil(10 * shares[1]) / 10))
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}".replace("%", " %"))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="epoch", title=label)
+    axes.grid(axis="y")
+    axes.legend()
+    return _svg(figure)
+
+
+def _queries(outcome: Outcome, data: Data, seed: int) -> dict[str, list[dict]]:
+    """Queries with their five nearest: some drawn at random, some whose nearest is wrong."""
+    _, columns = nearest(outcome.sem, None, k=5, metric=Metric.plain(), exclude_self=True)
+    right = data.test_labels[columns] == data.test_labels[:, None]
+    order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed)).tolist()
+    wrong = [query for query in order if not right[query, 0]]
+
+    def row(query: int) -> dict:
+        found = zip(columns[query].tolist(), right[query].tolist(), strict=True)
+        return {
+            "query": _item(outcome, data, query),
+            "found": [_item(outcome, data, column) | {"right": ok} for column, ok in found],
+        }
+
+    return {
+        "Drawn at random": [row(query) for query in order[:6]],
+        f"Nearest is wrong: {min(6, len(wrong))} of {len(wrong)}": [row(q) for q in wrong[:6]],
+    }
+
+
+def _extremes(outcome: Outcome, data: Data) -> dict[str, list[dict]]:
+    """The images with the shortest and with the longest ``u``."""
+    order = outcome.unc.norm(dim=1).argsort().tolist()
+    return {
+        "Most certain": [_item(outcome, data, i) for i in order[:10]],
+        "Least certain": [_item(outcome, data, i) for i in order[:-11:-1]],
+    }
+
+
+def _item(outcome: Outcome, data: Data, index: int) -> dict:
+    return {
+        "src": _png(data.test_images[index]),
+        "label": data.test_labels[index].item(),
+        "norm": outcome.unc[index].norm().item(),
+    }
+
+
+def _corruptions(outcome: Outcome, data: Data) -> list[dict]:
+    """For every corruption: ``||u||`` over severity, and what it does to one image."""
+    norm = outcome.unc.norm(dim=1)
+    typical = norm.sort().indices[len(norm) // 2].item()
+    found = []
+    for name, norms in outcome.norms.items():
+        figure, axes = _axes(3.6, 2.6)
+        low, median, high = np.quantile(norms.numpy(), (0.25, 0.5, 0.75), axis=1)
+        severity = np.arange(len(norms))
+        color = COLORS["introspective"]
+        axes.fill_between(severity, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(severity, median, color=color, marker="o", markersize=4)
+        axes.set(xlabel="severity", ylabel="‖u‖")
+        axes.grid(axis="y")
+        # The draws of a corruption depend on the whole batch: corrupt all, show one.
+        damaged = [CORRUPTIONS[name](data.test_images, step)[typical] for step in severity]
+        found.append(
+            {
+                "name": name,
+                "spearman": _cell(outcome.results[f"spearman_{name}"], RANK),
+                "figure": _svg(figure),
+                "strip": [_png(image) for image in damaged],
+            }
+        )
+    return found
+
+
+def _distance(metric: Metric, alpha: Tensor, beta: Tensor) -> Tensor:
+    power = 2 if metric.form == "official" else 1  # the released form squares both norms
+    return alpha * torch.exp(-(beta**power + metric.gamma) / (metric.tau * alpha**power))
+
+
+def _adaptive_gradient(metric: Metric, alpha: Tensor, beta: Tensor) -> Tensor:
+    alpha = alpha.clone().requires_grad_()
+    return torch.autograd.grad(_distance(metric, alpha, beta).sum(), alpha)[0]
+
+
+def _surface(
+    outcome: Outcome,
+    function: Callable[[Metric, Tensor, Tensor], Tensor],
+    title: str,
+    colors: str,
+    levels: Sequence[float],
+) -> str:
+    """A function of ``alpha`` and ``beta`` as a map, with pairs of test images on it."""
+    pair = torch.randint(len(outcome.sem), (2, 400), generator=torch.Generator().manual_seed(0))
+    pair = pair[:, pair[0] != pair[1]]
+    alphas = (outcome.sem[pair[0]] - outcome.sem[pair[1]]).norm(dim=1)
+    betas = (outcome.unc[pair[0]] + outcome.unc[pair[1]]).norm(dim=1)
+
+    alpha = torch.linspace(0.005, 2, 200)  # the largest distance of two unit vectors
+    beta = torch.linspace(0, max(2.0, 1.1 * betas.max().item()), 200)
+    values = function(outcome.metric, *torch.meshgrid(alpha, beta, indexing="xy"))
+
+    figure, axes = _axes(height=3.7)
+    axes.contourf(alpha, beta, values, levels=40, cmap=colors)
+    lines = axes.contour(alpha, beta, values, levels=levels, colors="#2a3342", linewidths=0.6)
+    axes.clabel(lines, fontsize=9)
+    axes.scatter(alphas, betas, s=4, color="#c2410c", alpha=0.6, linewidths=0)
+    axes.set(xlabel="α = ‖sᵢ − sⱼ‖", ylabel="β = ‖uᵢ + uⱼ‖", title=title)
+    return _svg(figure)
+
+
+def _axes(width: float = 5.0, height: float = 3.2) -> tuple[Figure, Axes]:
+    figure = Figure((width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _svg(figure: Figure) -> str:
+    # As an image of its own: drawings in one page would share the names of their parts.
+    buffer = BytesIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _data_uri("image/svg+xml", buffer.getvalue())
+
+
+def _png(
+    image: Tensor,  # [channels, height, width] in [0, 1]
+) -> str:
+    buffer = BytesIO()
+    pixels = image[0] if len(image) == 1 else image.movedim(0, 2)
+    imsave(buffer, pixels.numpy(), cmap="gray", vmin=0, vmax=1, metadata={"Software": None})
+    return _data_uri("image/png", buffer.getvalue())
+
+
+def _data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{b64encode(content).decode()}"
