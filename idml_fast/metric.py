@@ -51,7 +51,7 @@ class Metric:
 
     @classmethod
     def paper(cls, form: str = "distance") -> Metric:
-        """The paper's metric with its default temperature: ``tau = 5``, ``gamma = 0``."""
+        """The paper's metric at the temperature of its released code: ``tau = 5``, ``gamma = 0``."""
         return cls(5.0, 0.0, form)
 
     @classmethod
