@@ -55,14 +55,13 @@ class Embedding:
         """Some items in the products' dtype: a view, unless they have to be widened."""
         return self.x[part].to(self.product_dtype)
 
-    def factors(self, part: slice, sign: int, *, left: bool) -> Tensor:
-        """A panel as the product takes it.
+    def factors(self, panel: Tensor, part: slice, sign: int, *, left: bool) -> Tensor:
+        """A panel as the product takes it, [n, D] or wider.
 
         bfloat16 is multiplied as ``[x, |x|^2, 1] . [2 sign y, 1, |y|^2]``, the squares as sums of
         three bfloat16: so the square ``|x + sign y|^2`` cancels within the float32 accumulator, and
         only what remains is rounded to bfloat16.
         """
-        panel = self.panel(part)
         if not self.native_bf16:
             return panel
         rest, thirds = self.squares[part, None], []
@@ -90,18 +89,20 @@ class Gram:
         shape = rows.stop - rows.start, cols.stop - cols.start
         return self.buffer[: math.prod(shape)].view(shape)
 
-    def multiply(self, rows: slice, cols: slice, left: Tensor) -> _C.Gram:
+    def multiply(
+        self, rows: slice, cols: slice, left: Tensor, row_panel: Tensor, col_panel: Tensor
+    ) -> _C.Gram:
         """Fills the values of a tile; ``left`` are the factors of its rows."""
         values = self.values(rows, cols)
-        right = self.y.factors(cols, self.sign, left=False)
+        right = self.y.factors(col_panel, cols, self.sign, left=False)
         if self.x.native_bf16:
             rounded = self.bf16_buffer[: values.numel()].view(values.shape)
             values.copy_(torch.mm(left, right.T, out=rounded))
         else:
             torch.mm(left, right.T, out=values)
         return _C.Gram(
-            _C.Panel(matrix(self.x.panel(rows)), vector(self.x.squares[rows])),
-            _C.Panel(matrix(self.y.panel(cols)), vector(self.y.squares[cols])),
+            _C.Panel(matrix(row_panel), vector(self.x.squares[rows])),
+            _C.Panel(matrix(col_panel), vector(self.y.squares[cols])),
             matrix(values),
             self.x.native_bf16,
         )
@@ -137,20 +138,22 @@ class Walk:
         self.dtype = self.grams[0].x.epilogue_dtype
 
     def __iter__(self) -> Iterator[Tile]:
-        multiplied = self.grams if self.multiply_sem else self.grams[1:]
+        grams = self.grams
+        skipped = 0 if self.multiply_sem else 1
         for rows in parts(self.shape[0], self.tile_shape[0]):
-            row_panels = [gram.x.panel(rows) for gram in self.grams]
-            lefts = [gram.x.factors(rows, gram.sign, left=True) for gram in multiplied]
+            row_panels = [gram.x.panel(rows) for gram in grams]
+            lefts = [
+                gram.x.factors(panel, rows, gram.sign, left=True)
+                for gram, panel in zip(grams, row_panels, strict=True)
+            ]
             first = rows.start if self.symmetric else 0
             for cols in parts(self.shape[1], self.tile_shape[1], first):
-                values = [gram.values(rows, cols) for gram in self.grams]
-                col_panels = [gram.y.panel(cols) for gram in self.grams]
-                native = [
-                    gram.multiply(rows, cols, left)
-                    for gram, left in zip(multiplied, lefts, strict=True)
+                values = [gram.values(rows, cols) for gram in grams]
+                col_panels = [gram.y.panel(cols) for gram in grams]
+                native = [_C.Gram(matrix(values[0]))] * skipped + [
+                    grams[k].multiply(rows, cols, lefts[k], row_panels[k], col_panels[k])
+                    for k in range(skipped, len(grams))
                 ]
-                if not self.multiply_sem:
-                    native.insert(0, _C.Gram(matrix(values[0])))
                 yield Tile(rows, cols, _C.Tile(*native), values, row_panels, col_panels)
 
 
