@@ -63,8 +63,9 @@ def case(rows, sets, passes, dtype, peers=("eager", "compile", "floor"), **rest)
         peers = ("ours fp32", *peers)
     return race.Case(
         title=f"pairwise, {sets}, {passes}, {name}, {rows} x {rows}, D = {D}",
-        build=partial(contestants, sets=sets, passes=passes, dtype=dtype, peers=peers),
+        build=partial(contestants, sets=sets, passes=passes, dtype=dtype),
         shape=(rows, rows),
+        peers=peers,
         flop=products * 2.0 * rows * rows * D,
         **rest,
     )
@@ -78,7 +79,7 @@ def formula(sem, unc, sem2, unc2):
     return alpha * torch.exp(-(beta + GAMMA) / (TAU * alpha))
 
 
-def contestants(n, m, sets, passes, dtype, peers) -> race.Contestants:
+def contestants(n, m, peers, *, sets, passes, dtype) -> race.Contestants:
     torch.manual_seed(0)
     # Gaussian entries, scaled so that rows have norms near one like a network's embeddings.
     sem, unc = torch.randn(n, D) / D**0.5, torch.randn(n, D) / D**0.5
@@ -102,11 +103,15 @@ def contestants(n, m, sets, passes, dtype, peers) -> race.Contestants:
 
     ours = partial(idml_fast.pairwise, metric=METRIC)
     dense = formula if two_sets else lambda sem, unc: formula(sem, unc, sem, unc)
-    torch.compiler.reset()  # or the limit on recompilations would make the later cases eager ones
+
+    def compiled():
+        torch.compiler.reset()  # or the limit on recompilations makes the later cases eager ones
+        return call(torch.compile(dense, dynamic=False))
+
     build = {
         "ours fp32": lambda: call(ours, torch.float32),
         "eager": lambda: call(dense),
-        "compile": lambda: call(torch.compile(dense, dynamic=False)),
+        "compile": compiled,
         "floor": lambda: floor(sem.to(dtype), sem2.to(dtype), two_sets, backward),
     }
     return {"ours": call(ours)} | {peer: build[peer]() for peer in peers}

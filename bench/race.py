@@ -18,11 +18,10 @@ from pathlib import Path
 
 import torch
 
-# "ours" and its peers, on the same inputs; each call returns every tensor it made that a user keeps
-Contestants = dict[str, Callable[[], tuple[torch.Tensor, ...]]]
+Call = Callable[[], tuple[torch.Tensor, ...]]  # returns every tensor it made that a user keeps
+Contestants = dict[str, Call]  # "ours" and its peers, on the same inputs
 
 MIB = 2**20
-SMALL = 64  # N and M of the call that loads code and starts threads before memory is measured
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,9 @@ class Case:
     """One op at one size. A second process builds it again: `build` must be importable by name."""
 
     title: str
-    build: Callable[..., Contestants]  # called as build(*shape)
+    build: Callable[..., Contestants]  # called as build(*shape, peers): ours, then the peers
     shape: tuple[int, ...]  # (N, M)
+    peers: tuple[str, ...]
     flop: float  # of one call, in the matrix products that the definition asks for
     bars: dict[str, float] = field(default_factory=dict)  # peer: the largest ratio ours / peer
     memory_bar: float | None = None  # MiB that ours must stay under, beyond inputs and results
@@ -62,10 +62,14 @@ class Result:
 
 
 def run(benchmark, case: Case, rounds: int) -> Result:
-    """Time the contestants in turn, then measure their memory in a process that has run nothing."""
-    seconds = times(benchmark, case.build(*case.shape), case.rounds or rounds)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh_process:
-        extra = fresh_process.submit(peak_memory, case).result()
+    """Time the contestants in turn, then measure the memory of each."""
+    contestants = case.build(*case.shape, case.peers)
+    seconds = times(benchmark, contestants, case.rounds or rounds)
+    extra = {}
+    if Path("/proc/self/clear_refs").exists():  # Linux
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh_process:
+            extra["ours"] = fresh_process.submit(first_call_memory, case).result()
+        extra |= {peer: peak_memory(contestants[peer]) for peer in case.peers}
     benchmark.extra_info.update(seconds=seconds, extra_bytes=extra)
     return Result(case, seconds, extra)
 
@@ -97,27 +101,24 @@ def times(benchmark, contestants: Contestants, rounds: int) -> dict[str, list[fl
     return {"ours": list(benchmark.stats.stats.data), **seconds}
 
 
-def peak_memory(case: Case) -> dict[str, int]:
-    """Bytes resident at a contestant's peak beyond its inputs and what it returns; Linux only.
+def first_call_memory(case: Case) -> int:
+    """`peak_memory` of ours where it never ran before: a workspace kept between calls counts.
 
-    Before its one measured call a peer is called at full size, since torch.compile has to compile
-    for it; ours only at a small one, so that a workspace kept from call to call is counted.
+    Peers are measured in a later call, since torch.compile compiles in its first.
     """
-    if not Path("/proc/self/clear_refs").exists():
-        return {}
-    full, small = case.build(*case.shape), case.build(*(SMALL for _ in case.shape))
-    extra = {}
-    for who, call in full.items():
-        small[who]() if who == "ours" else call()
-        gc.collect()
-        # Freed memory that the C library keeps would hide what is asked for anew.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-        before = resident("VmRSS")
-        results = call()
-        extra[who] = resident("VmHWM") - before - sum(t.nbytes for t in results)
-        del results
-    return extra
+    case.build(*(64 for _ in case.shape), ())["ours"]()  # loads code, starts threads
+    return peak_memory(case.build(*case.shape, ())["ours"])
+
+
+def peak_memory(call: Call) -> int:
+    """Bytes resident at the peak of a call beyond what was there before it and what it returns."""
+    gc.collect()
+    # Freed memory that the C library keeps would hide what is asked for anew.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    before = resident("VmRSS")
+    results = call()
+    return resident("VmHWM") - before - sum(t.nbytes for t in results)
 
 
 def resident(what: str) -> int:

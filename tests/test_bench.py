@@ -29,7 +29,7 @@ def bench_pairwise(race):
 def test_ours_and_the_formula_compute_the_same(bench_pairwise, sets):
     shape = (33, 17) if sets == "two sets" else (33, 33)
     both = bench_pairwise.contestants(
-        *shape, sets, "forward + backward", torch.float64, peers=("eager", "floor")
+        *shape, ("eager", "floor"), sets=sets, passes="forward + backward", dtype=torch.float64
     )
     ours, eager = both["ours"](), both["eager"]()
     assert len(ours) == (5 if sets == "two sets" else 3)  # scores and the gradients of the inputs
@@ -39,7 +39,7 @@ def test_ours_and_the_formula_compute_the_same(bench_pairwise, sets):
 
 
 def result_of(race, ours, peer, extra, **bars):
-    case = race.Case("a case", build=dict, shape=(2, 2), flop=4e9, **bars)
+    case = race.Case("a case", dict, shape=(2, 2), peers=("peer",), flop=4e9, **bars)
     extra = {"ours": extra * race.MIB, "peer": 0}
     return race.Result(case, {"ours": ours, "peer": peer}, extra)
 
@@ -68,17 +68,11 @@ def test_memory_bar(race, extra, met):
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read on Linux")
 def test_memory_counts_what_is_dropped_but_not_results(race):
-    def build(n, m):
-        def call():
-            dropped = torch.ones(n, m)
-            return (dropped + 1,)
+    def call():
+        dropped = torch.ones(2048, 2048)  # 16 MiB
+        return (dropped + 1,)
 
-        return {"ours": call, "peer": lambda: (torch.ones(n, m),)}
-
-    case = race.Case("a case", build=build, shape=(2048, 2048), flop=1.0)  # 16 MiB a matrix
-    extra = race.peak_memory(case)
-    assert 15 * race.MIB < extra["ours"] < 20 * race.MIB
-    assert abs(extra["peer"]) < 4 * race.MIB
+    assert 15 * race.MIB < race.peak_memory(call) < 20 * race.MIB
 
 
 def test_a_run_ends_with_the_table_and_leaves_a_record(tmp_path):
