@@ -1,5 +1,5 @@
-// The native module `_C`: raw pointers, sizes and strides in, nothing of torch. Its callers are the launchers beside the
-// kernels, which have checked everything; nothing is checked again here.
+// The native module `_C`: raw pointers, sizes and strides in, nothing of torch. Its callers are the
+// launchers beside the kernels, which have checked everything; nothing is checked again here.
 
 #include <pybind11/pybind11.h>
 
@@ -58,14 +58,14 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Matrix>(m, "Matrix")
       .def(py::init<>())
-      .def(py::init([](std::uintptr_t data, std::int64_t rows, std::int64_t cols, std::int64_t row_stride,
-                       std::int64_t col_stride, std::int64_t itemsize) {
+      .def(py::init([](std::uintptr_t data, std::int64_t rows, std::int64_t cols,
+                       std::int64_t row_stride, std::int64_t col_stride, std::int64_t itemsize) {
         return Matrix{data, rows, cols, row_stride, col_stride, itemsize};
       }));
   py::class_<Panel>(m, "Panel").def(py::init<Matrix, Matrix>());
-  py::class_<Gram>(m, "Gram").def(py::init<Panel, Panel, Matrix, bool>()).def(py::init([](const Matrix& values) {
-    return Gram{{}, {}, values, false};
-  }));
+  py::class_<Gram>(m, "Gram")
+      .def(py::init<Panel, Panel, Matrix, bool>())
+      .def(py::init([](const Matrix& values) { return Gram{{}, {}, values, false}; }));
   py::class_<Tile>(m, "Tile").def(py::init<Gram>()).def(py::init<Gram, Gram>());
   py::class_<Diagonal>(m, "Diagonal").def(py::init<>()).def(py::init<Matrix, Matrix>());
   py::class_<Upstream>(m, "Upstream").def(py::init<Matrix, Matrix, Matrix>());
@@ -83,28 +83,32 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "squared_norms",
       [](const Matrix& x, const Matrix& out, int threads) {
-        with_dtype(out, [&](auto zero) { idml::cpu::squared_norms<decltype(zero)>(x, out, threads); });
+        with_dtype(out,
+                   [&](auto zero) { idml::cpu::squared_norms<decltype(zero)>(x, out, threads); });
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "pairwise_forward",
-      [](const Tile& tile, Form form, double tau, double gamma, const Matrix& scores, const Matrix& mirror,
-         int threads) {
+      [](const Tile& tile, Form form, double tau, double gamma, const Matrix& scores,
+         const Matrix& mirror, int threads) {
         with_dtype(scores, [&](auto zero) {
           using T = decltype(zero);
-          idml::cpu::pairwise_forward<T>(tile, form, metric_of<T>(tau, gamma), scores, mirror, threads);
+          idml::cpu::pairwise_forward<T>(tile, form, metric_of<T>(tau, gamma), scores, mirror,
+                                         threads);
         });
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "pairwise_backward",
-      [](const Tile& tile, Form form, double tau, double gamma, const Upstream& upstream, int threads,
-         const Diagonal& sem, const Diagonal& unc) {
+      [](const Tile& tile, Form form, double tau, double gamma, const Upstream& upstream,
+         int threads, const Diagonal& sem, const Diagonal& unc) {
         with_dtype(upstream.gradient, [&](auto zero) {
           using T = decltype(zero);
-          idml::cpu::pairwise_backward<T>(tile, form, metric_of<T>(tau, gamma), upstream, sem, unc, threads);
+          idml::cpu::pairwise_backward<T>(tile, form, metric_of<T>(tau, gamma), upstream, sem, unc,
+                                          threads);
         });
       },
-      py::arg("tile"), py::arg("form"), py::arg("tau"), py::arg("gamma"), py::arg("upstream"), py::arg("threads"),
-      py::arg("sem"), py::arg("unc") = Diagonal(), py::call_guard<py::gil_scoped_release>());
+      py::arg("tile"), py::arg("form"), py::arg("tau"), py::arg("gamma"), py::arg("upstream"),
+      py::arg("threads"), py::arg("sem"), py::arg("unc") = Diagonal(),
+      py::call_guard<py::gil_scoped_release>());
 }

@@ -1,4 +1,5 @@
-// Views of memory that belongs to somebody else (a torch tensor), and one tile of pairs made of them.
+// Views of memory that belongs to somebody else (a torch tensor), and one tile of pairs made of
+// them.
 
 #pragma once
 
@@ -25,8 +26,8 @@ struct Panel {
   Matrix squares;  // [1, n] squared norms
 };
 
-// One of a tile's two products. `values` comes as x . y or, when `holds_squares`, as ||x +- y||^2 itself; every epilogue
-// overwrites it.
+// One of a tile's two products. `values` comes as x . y or, when `holds_squares`, as ||x +- y||^2
+// itself; every epilogue overwrites it.
 struct Gram {
   Panel rows;     // N items
   Panel cols;     // M items

@@ -6,8 +6,9 @@
 //   cosine    C = 1 - versine * exp(-r)    r as above
 //   official  C = 1 - versine * exp(-r)    r = (beta^2 + gamma) / (tau * alpha^2)
 //
-// Source: Wang et al., Introspective Deep Metric Learning, TPAMI 2023 (eq. 6 of arXiv 2205.04449); `official` is the
-// expression of the authors' released code. tau = infinity is passed as inverse_tau = 0.
+// Source: Wang et al., Introspective Deep Metric Learning, TPAMI 2023 (eq. 6 of arXiv 2205.04449);
+// `official` is the expression of the authors' released code. tau = infinity is passed as
+// inverse_tau = 0.
 
 #pragma once
 
@@ -42,8 +43,8 @@ struct Metric {
 };
 
 // What a pair's gradients are made of, for an upstream gradient of one:
-//   grad s_i += diagonal_row * s_i + product * s_j     grad s_j += diagonal_col * s_j + product * s_i
-//   grad u_i += sum * (u_i + u_j)                      grad u_j += sum * (u_i + u_j)
+//   grad s_i += diagonal_row * s_i + product * s_j     grad s_j += diagonal_col * s_j + product *
+//   s_i grad u_i += sum * (u_i + u_j)                      grad u_j += sum * (u_i + u_j)
 template <class T>
 struct Weights {
   T product;
@@ -61,18 +62,21 @@ IDML_INLINE To bits_as(From from) {
   return to;
 }
 
-// exp(-r) for r >= 0, NaN for NaN, zero where the result would be subnormal; below 1.5 ulp. These are polynomials because
-// a call into the mathematics library would keep the loop around it from being vectorised.
+// exp(-r) for r >= 0, NaN for NaN, zero where the result would be subnormal; below 1.5 ulp. These
+// are polynomials because a call into the mathematics library would keep the loop around it from
+// being vectorised.
 IDML_INLINE float exp_negative(float r) {
 #if defined(__CUDA_ARCH__)
   return expf(-r);
 #else
   const float largest = 87.0f;
   const float x = r > largest ? -largest : -r;
-  const float shifter = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const float shifter =
+      12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const float shifted = x * 1.44269504088896341f + shifter;
   const float n = shifted - shifter;
-  const float f = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n ln 2, the constant in two parts
+  const float f =
+      (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n ln 2, the constant in two parts
   float p = 1.9875691500e-4f;
   p = p * f + 1.3981999507e-3f;
   p = p * f + 8.3334519073e-3f;
@@ -108,13 +112,15 @@ IDML_INLINE double exp_negative(double r) {
   p = p * f + 1.0 / 6.0;
   p = p * f + 0.5;
   p = p * f * f + f + 1.0;
-  const double power = bits_as<double>((bits_as<std::uint64_t>(shifted) << 52) + 0x3ff0000000000000u);
+  const double power =
+      bits_as<double>((bits_as<std::uint64_t>(shifted) << 52) + 0x3ff0000000000000u);
   return r > largest ? 0.0 : p * power;
 #endif
 }
 
-// The exponent r. A zero alpha stands for its limit: r is then huge (or zero, when there is no uncertainty at all), never
-// 0/0, and it stays finite so that exp(-r) * r is 0 and not NaN. NaN passes through every comparison below.
+// The exponent r. A zero alpha stands for its limit: r is then huge (or zero, when there is no
+// uncertainty at all), never 0/0, and it stays finite so that exp(-r) * r is 0 and not NaN. NaN
+// passes through every comparison below.
 template <Form form, class T>
 IDML_INLINE T exponent(T alpha2, T alpha, T beta2, T beta, Metric<T> metric) {
   const T tiny = std::numeric_limits<T>::min();
@@ -142,13 +148,15 @@ IDML_INLINE double rough_log(double x) {
   return (static_cast<double>(bits_as<std::int64_t>(x)) * 0x1p-52 - 1022.957) * 0.69314718055994531;
 }
 
-// Lambert's function, the r >= 0 with r exp(r) = z, for z >= 0. It starts within 6 %, from a Pade approximant at 0 or the
-// bound of Iacono and Boyd (2017) from 1 on; each step of Halley's method on r - z exp(-r) then triples the digits.
+// Lambert's function, the r >= 0 with r exp(r) = z, for z >= 0. It starts within 6 %, from a Pade
+// approximant at 0 or the bound of Iacono and Boyd (2017) from 1 on; each step of Halley's method
+// on r - z exp(-r) then triples the digits.
 template <class T>
 IDML_INLINE T lambert_w(T z) {
   const T low = z < T(1) ? z : T(1);  // keeps the branch that is not taken from overflowing
   const T log = rough_log(T(1) + z);
-  const T numerator = z < T(1) ? low * (T(1) + T(4.0 / 3) * low) : log * (T(2) + log - rough_log(T(1) + log));
+  const T numerator =
+      z < T(1) ? low * (T(1) + T(4.0 / 3) * low) : log * (T(2) + log - rough_log(T(1) + log));
   const T denominator = z < T(1) ? T(1) + (T(7.0 / 3) + T(5.0 / 6) * low) * low : T(2) + log;
   T r = numerator / denominator;
   for (int step = 0; step < (sizeof(T) == sizeof(float) ? 2 : 3); ++step) {
@@ -159,8 +167,8 @@ IDML_INLINE T lambert_w(T z) {
   return r;
 }
 
-// What a pair's gradients are made of, for the distance form, from its score D: the score is inverted, so that a backward
-// needs no semantic product.
+// What a pair's gradients are made of, for the distance form, from its score D: the score is
+// inverted, so that a backward needs no semantic product.
 //
 //   alpha exp(-r) = D,  r = c / alpha,  c = (beta + gamma) / tau    <=>    r exp(r) = c / D
 //
@@ -169,8 +177,10 @@ template <class T>
 IDML_INLINE Weights<T> distance_weights(T distance, T beta, Metric<T> metric) {
   const T c = (beta + metric.gamma) * metric.inverse_tau;
   const T ratio = c / distance;
-  const T r = lambert_w(ratio > std::numeric_limits<T>::max() ? std::numeric_limits<T>::max() : ratio);
-  // Without uncertainty D is alpha. Where D is zero, so is alpha, or exp(-r) has underflowed: no gradient either way.
+  const T r =
+      lambert_w(ratio > std::numeric_limits<T>::max() ? std::numeric_limits<T>::max() : ratio);
+  // Without uncertainty D is alpha. Where D is zero, so is alpha, or exp(-r) has underflowed: no
+  // gradient either way.
   const bool certain = !(r > std::numeric_limits<T>::min());
   const T quotient = (certain ? T(1) : r) / (certain ? distance : c);
   const T inverse_alpha = distance == T(0) ? T(0) : quotient;
@@ -180,10 +190,11 @@ IDML_INLINE Weights<T> distance_weights(T distance, T beta, Metric<T> metric) {
   return {-a, a, a, -decay * metric.inverse_tau * inverse_beta};
 }
 
-// The same for the cosine forms, from alpha and beta. `inverse_row` and `inverse_col` are 1/||s_i|| and 1/||s_j||, zero
-// for a zero vector.
+// The same for the cosine forms, from alpha and beta. `inverse_row` and `inverse_col` are 1/||s_i||
+// and 1/||s_j||, zero for a zero vector.
 template <Form form, class T>
-IDML_INLINE Weights<T> cosine_weights(T alpha2, T beta2, T versine, T inverse_row, T inverse_col, Metric<T> metric) {
+IDML_INLINE Weights<T> cosine_weights(T alpha2, T beta2, T versine, T inverse_row, T inverse_col,
+                                      Metric<T> metric) {
   const T alpha = std::sqrt(alpha2);
   const T beta = std::sqrt(beta2);
   const T r = exponent<form>(alpha2, alpha, beta2, beta, metric);
@@ -194,9 +205,11 @@ IDML_INLINE Weights<T> cosine_weights(T alpha2, T beta2, T versine, T inverse_ro
   const T pull = versine * decay;
   const T power = form == Form::official ? T(2) : T(1);
   const T a = -power * pull * r * inverse_alpha * inverse_alpha;
-  const T b = form == Form::official ? T(2) * pull * metric.inverse_tau * inverse_alpha * inverse_alpha
-                                     : pull * metric.inverse_tau * inverse_alpha * inverse_beta;
-  const T along = decay * (T(1) - versine);  // the part of dC/dcos that only changes a vector's length
+  const T b = form == Form::official
+                  ? T(2) * pull * metric.inverse_tau * inverse_alpha * inverse_alpha
+                  : pull * metric.inverse_tau * inverse_alpha * inverse_beta;
+  const T along =
+      decay * (T(1) - versine);  // the part of dC/dcos that only changes a vector's length
   return {decay * inverse_row * inverse_col - a, a - along * inverse_row * inverse_row,
           a - along * inverse_col * inverse_col, b};
 }

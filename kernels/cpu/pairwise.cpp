@@ -1,34 +1,14 @@
 #include "pairwise.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-#include <cstdlib>
-#include <string>
+#include <algorithm>
+#include <type_traits>
+#include <vector>
 
 #include "tile.h"
 
 namespace idml::cpu {
 
 namespace {
-
-Isa detect() {
-  Isa widest = Isa::baseline;
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  widest = avx2 && avx512 ? Isa::avx512 : avx2 ? Isa::avx2 : Isa::baseline;
-#endif
-  const char* wanted = std::getenv("IDML_FAST_CPU_ISA");
-  if (!wanted) return widest;
-  const Isa limit = std::string(wanted) == "avx512" ? Isa::avx512
-                    : std::string(wanted) == "avx2" ? Isa::avx2
-                                                    : Isa::baseline;
-  return std::min(widest, limit);
-}
 
 // One instantiation of `call` for each form, chosen here and nowhere else.
 template <class Call>
@@ -47,19 +27,22 @@ template <Form form, class T>
 IDML_INLINE void score_row(const Row<T>& row, std::int64_t first, Metric<T> metric, T* scores) {
   for (std::int64_t j = first; j < row.count; ++j) {
     const T beta2 = row.unc ? row.unc[j] : T(0);
-    scores[j] = score<form>(row.sem[j], beta2, form == Form::distance ? T(0) : row.versines[j], metric);
+    scores[j] =
+        score<form>(row.sem[j], beta2, form == Form::distance ? T(0) : row.versines[j], metric);
   }
 }
 
 // mirror[j, i] = scores[i, j] for the rows of one block, of each the pairs from first(i) on.
 template <class T, class First>
-IDML_INLINE void mirror_block(const Matrix& scores, const Matrix& mirror, std::int64_t block, const First& first) {
+IDML_INLINE void mirror_block(const Matrix& scores, const Matrix& mirror, std::int64_t block,
+                              const First& first) {
   const std::int64_t begin = block * block_rows;
   const std::int64_t end = std::min(begin + block_rows, scores.rows);
   for (std::int64_t j = first(begin); j < scores.cols; ++j) {
     T* column = mirror.row<T>(j);
     for (std::int64_t i = begin; i < end; ++i)
-      if (j >= first(i)) column[i] = scores.row<T>(i)[j];
+      if (j >= first(i))
+        column[i] = scores.row<T>(i)[j];
   }
 }
 
@@ -73,19 +56,23 @@ IDML_INLINE void add_mirror(const Upstream& upstream, std::int64_t block, T* bot
     std::copy_n(upstream.gradient.row<T>(i), count, both + (i - begin) * count);
   for (std::int64_t j = 0; j < count; ++j) {
     const T* column = upstream.mirror.row<T>(j);
-    for (std::int64_t i = begin; i < end; ++i) both[(i - begin) * count + j] += column[i];
+    for (std::int64_t i = begin; i < end; ++i)
+      both[(i - begin) * count + j] += column[i];
   }
 }
 
 template <Form form, class T>
-IDML_INLINE Weights<T> weights_of_pair(const Row<T>& row, std::int64_t j, T beta2, const T* scores, Metric<T> metric) {
-  if constexpr (form == Form::distance) return distance_weights(scores[j], std::sqrt(beta2), metric);
-  return cosine_weights<form>(row.sem[j], beta2, row.versines[j], row.inverse, row.col_inverses[j], metric);
+IDML_INLINE Weights<T> weights_of_pair(const Row<T>& row, std::int64_t j, T beta2, const T* scores,
+                                       Metric<T> metric) {
+  if constexpr (form == Form::distance)
+    return distance_weights(scores[j], std::sqrt(beta2), metric);
+  return cosine_weights<form>(row.sem[j], beta2, row.versines[j], row.inverse, row.col_inverses[j],
+                              metric);
 }
 
 template <Form form, class T>
-IDML_INLINE void weigh_row(const Row<T>& row, Metric<T> metric, const T* upstream, const T* scores, T* row_sem,
-                           T* row_unc, T* col_sem, T* col_unc) {
+IDML_INLINE void weigh_row(const Row<T>& row, Metric<T> metric, const T* upstream, const T* scores,
+                           T* row_sem, T* row_unc, T* col_sem, T* col_unc) {
   T diagonal = 0;
   T sum = 0;
 #pragma omp simd reduction(+ : diagonal, sum)
@@ -103,73 +90,21 @@ IDML_INLINE void weigh_row(const Row<T>& row, Metric<T> metric, const T* upstrea
     }
   }
   *row_sem += diagonal;
-  if (row.unc) *row_unc += sum;
+  if (row.unc)
+    *row_unc += sum;
 }
 
 template <class T>
 void add(const T* terms, std::int64_t count, T* sums) {
-  for (std::int64_t j = 0; j < count; ++j) sums[j] += terms[j];
+  for (std::int64_t j = 0; j < count; ++j)
+    sums[j] += terms[j];
 }
 
 }  // namespace
 
-Isa isa() {
-  static const Isa chosen = detect();
-  return chosen;
-}
-
-bool has_bf16() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
-bool has_threads() {
-#if defined(_OPENMP)
-  return true;
-#else
-  return false;
-#endif
-}
-
-void advise_huge_pages(const Matrix& matrix) {
-#if defined(__linux__)
-  constexpr std::uintptr_t page = std::uintptr_t(1) << 21;
-  const std::uintptr_t begin = (matrix.data + page - 1) / page * page;
-  const std::uintptr_t end = (matrix.data + matrix.rows * matrix.cols * matrix.itemsize) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)matrix;
-#endif
-}
-
-template <class S>
-IDML_INLINE double squared_norm(const Matrix& x, std::int64_t i) {
-  const S* row = x.row<S>(i);
-  double total = 0;
-#pragma omp simd reduction(+ : total)
-  for (std::int64_t k = 0; k < x.cols; ++k) {
-    const double value = row[k * x.col_stride];
-    total += value * value;
-  }
-  return total;
-}
-
 template <class T>
-void squared_norms(const Matrix& x, const Matrix& out, int threads) {
-  parallel(block_count(x.rows), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
-    const std::int64_t end = std::min((block + 1) * block_rows, x.rows);
-    for (std::int64_t i = block * block_rows; i < end; ++i)
-      out.row<T>(0)[i] =
-          static_cast<T>(x.itemsize == sizeof(BFloat16) ? squared_norm<BFloat16>(x, i) : squared_norm<T>(x, i));
-  });
-}
-
-template <class T>
-void pairwise_forward(const Tile& tile, Form form, Metric<T> metric, const Matrix& scores, const Matrix& mirror,
-                      int threads) {
+void pairwise_forward(const Tile& tile, Form form, Metric<T> metric, const Matrix& scores,
+                      const Matrix& mirror, int threads) {
   const bool on_diagonal = mirror.data == scores.data;
   with_form(form, [&](auto chosen) {
     constexpr Form the_form = decltype(chosen)::value;
@@ -178,17 +113,19 @@ void pairwise_forward(const Tile& tile, Form form, Metric<T> metric, const Matri
         score_row<the_form>(row, on_diagonal ? row.index : 0, metric, scores.row<T>(row.index));
       });
       if (mirror.data)
-        mirror_block<T>(scores, mirror, block, [&](std::int64_t i) { return on_diagonal ? i + 1 : 0; });
+        mirror_block<T>(scores, mirror, block,
+                        [&](std::int64_t i) { return on_diagonal ? i + 1 : 0; });
     });
   });
 }
 
 template <class T>
-void pairwise_backward(const Tile& tile, Form form, Metric<T> metric, const Upstream& upstream, const Diagonal& sem,
-                       const Diagonal& unc, int threads) {
+void pairwise_backward(const Tile& tile, Form form, Metric<T> metric, const Upstream& upstream,
+                       const Diagonal& sem, const Diagonal& unc, int threads) {
   const std::int64_t blocks = block_count(tile.sem.values.rows);
   const std::int64_t count = tile.sem.values.cols;
-  // A block adds up its own columns; the blocks are then added in their order, whichever thread had them.
+  // A block adds up its own columns; the blocks are then added in their order, whichever thread had
+  // them.
   std::vector<T> sem_cols(blocks * count);
   std::vector<T> unc_cols(blocks * count);
   with_form(form, [&](auto chosen) {
@@ -196,29 +133,33 @@ void pairwise_backward(const Tile& tile, Form form, Metric<T> metric, const Upst
     constexpr Squares squares = the_form == Form::distance ? Squares::without_alpha : Squares::all;
     parallel(blocks, threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
       std::vector<T> both(upstream.mirror.data ? block_rows * count : 0);
-      if (upstream.mirror.data) add_mirror(upstream, block, both.data());
+      if (upstream.mirror.data)
+        add_mirror(upstream, block, both.data());
       walk_block<the_form, squares, T>(tile, block, [&](const Row<T>& row) IDML_INLINE_LAMBDA {
         const T* gradient = upstream.mirror.data ? &both[(row.index - block * block_rows) * count]
                                                  : upstream.gradient.row<T>(row.index);
         const T* scores = the_form == Form::distance ? upstream.scores.row<T>(row.index) : nullptr;
         weigh_row<the_form>(row, metric, gradient, scores, sem.rows.row<T>(0) + row.index,
-                            unc.rows.row<T>(0) + row.index, &sem_cols[block * count], &unc_cols[block * count]);
+                            unc.rows.row<T>(0) + row.index, &sem_cols[block * count],
+                            &unc_cols[block * count]);
       });
     });
   });
   for (std::int64_t block = 0; block < blocks; ++block) {
-    if (sem.cols.data) add(&sem_cols[block * count], count, sem.cols.row<T>(0));
-    if (unc.cols.data) add(&unc_cols[block * count], count, unc.cols.row<T>(0));
+    if (sem.cols.data)
+      add(&sem_cols[block * count], count, sem.cols.row<T>(0));
+    if (unc.cols.data)
+      add(&unc_cols[block * count], count, unc.cols.row<T>(0));
   }
 }
 
-template void squared_norms<float>(const Matrix&, const Matrix&, int);
-template void squared_norms<double>(const Matrix&, const Matrix&, int);
-template void pairwise_forward<float>(const Tile&, Form, Metric<float>, const Matrix&, const Matrix&, int);
-template void pairwise_forward<double>(const Tile&, Form, Metric<double>, const Matrix&, const Matrix&, int);
-template void pairwise_backward<float>(const Tile&, Form, Metric<float>, const Upstream&, const Diagonal&, const Diagonal&,
-                                       int);
-template void pairwise_backward<double>(const Tile&, Form, Metric<double>, const Upstream&, const Diagonal&, const Diagonal&,
-                                       int);
+template void pairwise_forward<float>(const Tile&, Form, Metric<float>, const Matrix&,
+                                      const Matrix&, int);
+template void pairwise_forward<double>(const Tile&, Form, Metric<double>, const Matrix&,
+                                       const Matrix&, int);
+template void pairwise_backward<float>(const Tile&, Form, Metric<float>, const Upstream&,
+                                       const Diagonal&, const Diagonal&, int);
+template void pairwise_backward<double>(const Tile&, Form, Metric<double>, const Upstream&,
+                                        const Diagonal&, const Diagonal&, int);
 
 }  // namespace idml::cpu

@@ -1,5 +1,6 @@
-// One tile of pairs on the CPU: squares from Gram products, row by row, on all threads, in vectors as wide as the machine
-// has. An epilogue is a function of one row of squares; the walk around it is written here once.
+// One tile of pairs on the CPU: squares from Gram products, row by row, on all threads, in vectors
+// as wide as the machine has. An epilogue is a function of one row of squares; the walk around it
+// is written here once.
 
 #pragma once
 
@@ -14,18 +15,21 @@
 
 namespace idml::cpu {
 
-// ------------------------------------------------------------------------------------------------ vectors and threads
+// ------------------------------------------------------------------------------------------------
+// vectors and threads
 
 enum class Isa { baseline, avx2, avx512 };
 
-Isa isa();           // the widest that this machine has; the environment variable IDML_FAST_CPU_ISA lowers it
+Isa isa();  // the widest that this machine has; the environment variable IDML_FAST_CPU_ISA lowers
+            // it
 bool has_bf16();     // whether the machine multiplies bfloat16 natively
 bool has_threads();  // whether this build has OpenMP
 
 // `body` is inlined into one function per instruction set, so each copy is compiled for that set.
 #if defined(__x86_64__) && defined(__GNUC__)
 template <class Body>
-__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))) void run_avx512(const Body& body, std::int64_t i) {
+__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma"))) void run_avx512(const Body& body,
+                                                                                  std::int64_t i) {
   body(i);
 }
 template <class Body>
@@ -37,27 +41,41 @@ __attribute__((target("avx2,fma"))) void run_avx2(const Body& body, std::int64_t
 template <class Body>
 void run(Isa isa, const Body& body, std::int64_t i) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (isa == Isa::avx512) return run_avx512(body, i);
-  if (isa == Isa::avx2) return run_avx2(body, i);
+  if (isa == Isa::avx512)
+    return run_avx512(body, i);
+  if (isa == Isa::avx2)
+    return run_avx2(body, i);
 #endif
   body(i);
 }
 
-// body(0) ... body(count - 1) in any order; a body writes only what belongs to its own index, so the result does not depend
-// on the threads. OpenMP because torch's own products use it: its threads are there already, and a second pool would fight
-// them for the cores.
+// body(0) ... body(count - 1) in any order; a body writes only what belongs to its own index, so
+// the result does not depend on the threads. OpenMP because torch's own products use it: its
+// threads are there already, and a second pool would fight them for the cores.
 template <class Body>
 void parallel(std::int64_t count, int threads, const Body& body) {
   const Isa chosen = isa();
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (count > 1 && threads > 1)
-  for (std::int64_t i = 0; i < count; ++i) run(chosen, body, i);
+  for (std::int64_t i = 0; i < count; ++i)
+    run(chosen, body, i);
 }
 
-// ------------------------------------------------------------------------------------------------------------ squares
+// Asks for large pages under memory that is about to be written for the first time: a result of N x
+// M costs a page fault every 4 KiB otherwise, which takes longer than the scores themselves. Only a
+// hint; nothing happens where there are none.
+void advise_huge_pages(const Matrix& matrix);
 
-// Below this share of ||x||^2 + ||y||^2 the expansion ||x||^2 + ||y||^2 +- 2 x.y has cancelled too much, and the square is
-// taken from the components instead. Above it, an error of e (||x||^2 + ||y||^2) in the product is a relative error of at
-// most e / near in the square, and half of that in its root.
+// ------------------------------------------------------------------------------------------------------------
+// squares
+
+// out[i] = ||x_i||^2, accumulated in double.
+template <class T>
+void squared_norms(const Matrix& x, const Matrix& out, int threads);
+
+// Below this share of ||x||^2 + ||y||^2 the expansion ||x||^2 + ||y||^2 +- 2 x.y has cancelled too
+// much, and the square is taken from the components instead. Above it, an error of e (||x||^2 +
+// ||y||^2) in the product is a relative error of at most e / near in the square, and half of that
+// in its root.
 template <class T>
 constexpr T near = T(1) / T(256);
 
@@ -74,7 +92,8 @@ struct BFloat16 {
 
 // sum_k (x_ik + sign * y_jk)^2 of elements stored as S
 template <class S, class T>
-IDML_INLINE T square_of_stored(const Matrix& x, std::int64_t i, const Matrix& y, std::int64_t j, T sign) {
+IDML_INLINE T square_of_stored(const Matrix& x, std::int64_t i, const Matrix& y, std::int64_t j,
+                               T sign) {
   const S* a = x.row<S>(i);
   const S* b = y.row<S>(j);
   T total = 0;
@@ -96,7 +115,8 @@ IDML_INLINE T square_of_stored(const Matrix& x, std::int64_t i, const Matrix& y,
 template <class T>
 IDML_INLINE T square_of_sum(const Gram& gram, std::int64_t i, std::int64_t j, T sign) {
   const Matrix& x = gram.rows.x;
-  if (x.itemsize == sizeof(BFloat16)) return square_of_stored<BFloat16>(x, i, gram.cols.x, j, sign);
+  if (x.itemsize == sizeof(BFloat16))
+    return square_of_stored<BFloat16>(x, i, gram.cols.x, j, sign);
   return square_of_stored<T>(x, i, gram.cols.x, j, sign);
 }
 
@@ -117,23 +137,28 @@ IDML_INLINE void squares_of_row(const Gram& gram, std::int64_t i, T sign) {
     cancelled |= square < near<T> * scale ? 1 : 0;
     values[j] = square < T(0) ? T(0) : square;
   }
-  if (!cancelled) return;
+  if (!cancelled)
+    return;
   for (std::int64_t j = 0; j < count; ++j) {
-    if (values[j] < near<T> * (row_square + col_squares[j])) values[j] = square_of_sum(gram, i, j, sign);
+    if (values[j] < near<T> * (row_square + col_squares[j]))
+      values[j] = square_of_sum(gram, i, j, sign);
   }
 }
 
 // 1 - cos of one row, as long as the products are there. A zero vector has cosine 0.
 template <class T>
-IDML_INLINE void versines_from_products(const Gram& sem, std::int64_t i, T inverse, const T* col_inverses, T* versines) {
+IDML_INLINE void versines_from_products(const Gram& sem, std::int64_t i, T inverse,
+                                        const T* col_inverses, T* versines) {
   const T* products = sem.values.row<T>(i);
-  for (std::int64_t j = 0; j < sem.values.cols; ++j) versines[j] = T(1) - products[j] * inverse * col_inverses[j];
+  for (std::int64_t j = 0; j < sem.values.cols; ++j)
+    versines[j] = T(1) - products[j] * inverse * col_inverses[j];
 }
 
-// 1 - cos = (||x - y||^2 - (||x|| - ||y||)^2) / (2 ||x|| ||y||), for the pairs whose product has cancelled or was never
-// there. Identical vectors get exactly 0, even two zero vectors.
+// 1 - cos = (||x - y||^2 - (||x|| - ||y||)^2) / (2 ||x|| ||y||), for the pairs whose product has
+// cancelled or was never there. Identical vectors get exactly 0, even two zero vectors.
 template <class T>
-IDML_INLINE void versines_from_squares(const Gram& sem, std::int64_t i, T inverse, const T* col_inverses, T* versines) {
+IDML_INLINE void versines_from_squares(const Gram& sem, std::int64_t i, T inverse,
+                                       const T* col_inverses, T* versines) {
   const T* alpha2 = sem.values.row<T>(i);
   const T square = sem.rows.squares.row<T>(0)[i];
   const T* col_squares = sem.cols.squares.row<T>(0);
@@ -153,23 +178,28 @@ IDML_INLINE T inverse_norm(T square) {
   return square == T(0) ? T(0) : T(1) / std::sqrt(square);
 }
 
-// ----------------------------------------------------------------------------------------------------------- the walk
+// -----------------------------------------------------------------------------------------------------------
+// the walk
 
 // A row of the tile as an epilogue sees it.
 template <class T>
 struct Row {
-  std::int64_t index;     // within the tile
-  std::int64_t count;     // M
-  T* sem;                 // [M] squared semantic distances (not computed `without_alpha`); the epilogue may overwrite them
-  T* unc;                 // [M] squared pair uncertainties, likewise; null for a conventional metric
-  T inverse;              // 1 / ||s_i||; this and the next two for the cosine forms only
+  std::int64_t index;  // within the tile
+  std::int64_t count;  // M
+  T* sem;     // [M] squared semantic distances (not computed `without_alpha`); the epilogue may
+              // overwrite them
+  T* unc;     // [M] squared pair uncertainties, likewise; null for a conventional metric
+  T inverse;  // 1 / ||s_i||; this and the next two for the cosine forms only
   const T* col_inverses;  // [M] 1 / ||s_j||
   const T* versines;      // [M] 1 - cos
 };
 
-constexpr std::int64_t block_rows = 16;  // of float: a cache line of every column that is written transposed
+constexpr std::int64_t block_rows =
+    16;  // of float: a cache line of every column that is written transposed
 
-inline std::int64_t block_count(std::int64_t rows) { return (rows + block_rows - 1) / block_rows; }
+inline std::int64_t block_count(std::int64_t rows) {
+  return (rows + block_rows - 1) / block_rows;
+}
 
 enum class Squares { all, without_alpha };
 
@@ -184,19 +214,24 @@ IDML_INLINE void walk_block(const Tile& tile, std::int64_t block, const Epilogue
   std::vector<T> col_inverses(cosine ? count : 0);
   if constexpr (cosine) {
     const T* col_squares = sem.cols.squares.row<T>(0);
-    for (std::int64_t j = 0; j < count; ++j) col_inverses[j] = inverse_norm(col_squares[j]);
+    for (std::int64_t j = 0; j < count; ++j)
+      col_inverses[j] = inverse_norm(col_squares[j]);
   }
   for (std::int64_t i = block * block_rows; i < end; ++i) {
     const T inverse = cosine ? inverse_norm(sem.rows.squares.row<T>(0)[i]) : T(0);
-    if constexpr (cosine) versines_from_products(sem, i, inverse, col_inverses.data(), versines.data());
-    if constexpr (squares == Squares::all) squares_of_row(sem, i, T(-1));
-    if constexpr (cosine) versines_from_squares(sem, i, inverse, col_inverses.data(), versines.data());
+    if constexpr (cosine)
+      versines_from_products(sem, i, inverse, col_inverses.data(), versines.data());
+    if constexpr (squares == Squares::all)
+      squares_of_row(sem, i, T(-1));
+    if constexpr (cosine)
+      versines_from_squares(sem, i, inverse, col_inverses.data(), versines.data());
     T* beta2 = nullptr;
     if (tile.unc.values.data) {
       squares_of_row(tile.unc, i, T(1));
       beta2 = tile.unc.values.row<T>(i);
     }
-    epilogue(Row<T>{i, count, sem.values.row<T>(i), beta2, inverse, col_inverses.data(), versines.data()});
+    epilogue(Row<T>{i, count, sem.values.row<T>(i), beta2, inverse, col_inverses.data(),
+                    versines.data()});
   }
 }
 

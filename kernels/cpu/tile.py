@@ -139,21 +139,23 @@ class Walk:
 
     def __iter__(self) -> Iterator[Tile]:
         grams = self.grams
-        skipped = 0 if self.multiply_sem else 1
+        multiplied = range(0 if self.multiply_sem else 1, len(grams))
         for rows in parts(self.shape[0], self.tile_shape[0]):
             row_panels = [gram.x.panel(rows) for gram in grams]
-            lefts = [
-                gram.x.factors(panel, rows, gram.sign, left=True)
-                for gram, panel in zip(grams, row_panels, strict=True)
-            ]
+            lefts = {
+                k: grams[k].x.factors(row_panels[k], rows, grams[k].sign, left=True)
+                for k in multiplied
+            }
             first = rows.start if self.symmetric else 0
             for cols in parts(self.shape[1], self.tile_shape[1], first):
                 values = [gram.values(rows, cols) for gram in grams]
                 col_panels = [gram.y.panel(cols) for gram in grams]
-                native = [_C.Gram(matrix(values[0]))] * skipped + [
+                native = [
                     grams[k].multiply(rows, cols, lefts[k], row_panels[k], col_panels[k])
-                    for k in range(skipped, len(grams))
+                    for k in multiplied
                 ]
+                if not self.multiply_sem:
+                    native.insert(0, _C.Gram(matrix(values[0])))
                 yield Tile(rows, cols, _C.Tile(*native), values, row_panels, col_panels)
 
 
