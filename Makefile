@@ -15,8 +15,7 @@ NATIVE := $(wildcard csrc/*.* kernels/*/*.h kernels/*/*.cpp kernels/*/*.cuh kern
 .PHONY: demo test bench lint format
 
 demo: $(INSTALLED)
-	$(BIN)/idml-fast train --name demo
-	@echo "report: $(CURDIR)/runs/demo/report.html"
+	$(BIN)/idml-fast train --name demo --run.overwrite true
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest tests/ $(ARGS)
