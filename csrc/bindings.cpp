@@ -64,8 +64,8 @@ PYBIND11_MODULE(_C, m) {
       }));
   py::class_<Panel>(m, "Panel").def(py::init<Matrix, Matrix>());
   py::class_<Gram>(m, "Gram")
-      .def(py::init<Panel, Panel, Matrix, bool>())
-      .def(py::init([](const Matrix& values) { return Gram{{}, {}, values, false}; }));
+      .def(py::init<Panel, Panel, Matrix, Matrix>())
+      .def(py::init([](const Matrix& values) { return Gram{{}, {}, {}, values}; }));
   py::class_<Tile>(m, "Tile").def(py::init<Gram>()).def(py::init<Gram, Gram>());
   py::class_<Diagonal>(m, "Diagonal").def(py::init<>()).def(py::init<Matrix, Matrix>());
   py::class_<Upstream>(m, "Upstream").def(py::init<Matrix, Matrix, Matrix>());

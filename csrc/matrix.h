@@ -26,13 +26,14 @@ struct Panel {
   Matrix squares;  // [1, n] squared norms
 };
 
-// One of a tile's two products. `values` comes as x . y or, when `holds_squares`, as ||x +- y||^2
-// itself; every epilogue overwrites it.
+// One of a tile's two products, x . y; a product in bfloat16 is ||x +- y||^2 already.
 struct Gram {
-  Panel rows;     // N items
-  Panel cols;     // M items
-  Matrix values;  // [N, M]
-  bool holds_squares = false;
+  Panel rows;       // N items
+  Panel cols;       // M items
+  Matrix products;  // [N, M]
+  Matrix values;    // [N, M], where an epilogue's results go; may be the products' own memory
+
+  bool holds_squares() const { return products.itemsize == 2; }
 };
 
 struct Tile {

@@ -15,8 +15,6 @@
 
 namespace idml::cpu {
 
-// ------------------------------------------------------------------------------------------------
-// vectors and threads
 
 enum class Isa { baseline, avx2, avx512 };
 
@@ -65,8 +63,6 @@ void parallel(std::int64_t count, int threads, const Body& body) {
 // hint; nothing happens where there are none.
 void advise_huge_pages(const Matrix& matrix);
 
-// ------------------------------------------------------------------------------------------------------------
-// squares
 
 // out[i] = ||x_i||^2, accumulated in double.
 template <class T>
@@ -120,20 +116,21 @@ IDML_INLINE T square_of_sum(const Gram& gram, std::int64_t i, std::int64_t j, T 
   return square_of_stored<T>(x, i, gram.cols.x, j, sign);
 }
 
-// Turns one row of a Gram product into squares, in place: ||x_i + sign * y_j||^2. NaN stays NaN.
-template <class T>
-IDML_INLINE void squares_of_row(const Gram& gram, std::int64_t i, T sign) {
+// values[j] = ||x_i + sign * y_j||^2 for one row of a Gram product stored as S. NaN stays NaN.
+template <class S, class T>
+IDML_INLINE void squares_of_stored(const Gram& gram, std::int64_t i, T sign) {
   const std::int64_t count = gram.values.cols;
+  const S* products = gram.products.row<S>(i);
   T* values = gram.values.row<T>(i);
   const T row_square = gram.rows.squares.row<T>(0)[i];
   const T* col_squares = gram.cols.squares.row<T>(0);
-  const T of_norms = gram.holds_squares ? T(0) : T(1);
-  const T of_values = gram.holds_squares ? T(1) : T(2) * sign;
+  const T of_norms = gram.holds_squares() ? T(0) : T(1);
+  const T of_product = gram.holds_squares() ? T(1) : T(2) * sign;
   int cancelled = 0;
 #pragma omp simd reduction(| : cancelled)
   for (std::int64_t j = 0; j < count; ++j) {
     const T scale = row_square + col_squares[j];
-    const T square = of_norms * scale + of_values * values[j];
+    const T square = of_norms * scale + of_product * T(products[j]);
     cancelled |= square < near<T> * scale ? 1 : 0;
     values[j] = square < T(0) ? T(0) : square;
   }
@@ -145,11 +142,20 @@ IDML_INLINE void squares_of_row(const Gram& gram, std::int64_t i, T sign) {
   }
 }
 
+template <class T>
+IDML_INLINE void squares_of_row(const Gram& gram, std::int64_t i, T sign) {
+  if (gram.holds_squares())
+    return squares_of_stored<BFloat16>(gram, i, sign);
+  squares_of_stored<T>(gram, i, sign);
+}
+
 // 1 - cos of one row, as long as the products are there. A zero vector has cosine 0.
 template <class T>
 IDML_INLINE void versines_from_products(const Gram& sem, std::int64_t i, T inverse,
                                         const T* col_inverses, T* versines) {
-  const T* products = sem.values.row<T>(i);
+  if (sem.holds_squares())
+    return;
+  const T* products = sem.products.row<T>(i);
   for (std::int64_t j = 0; j < sem.values.cols; ++j)
     versines[j] = T(1) - products[j] * inverse * col_inverses[j];
 }
@@ -167,7 +173,7 @@ IDML_INLINE void versines_from_squares(const Gram& sem, std::int64_t i, T invers
     const T difference = square * inverse - col_squares[j] * col_inverses[j];
     const T versine = (alpha2[j] - difference * difference) * inverses / T(2);
     const T defined = inverses == T(0) ? T(1) : versine;
-    const bool better = sem.holds_squares || alpha2[j] < near<T> * (square + col_squares[j]);
+    const bool better = sem.holds_squares() || alpha2[j] < near<T> * (square + col_squares[j]);
     versines[j] = alpha2[j] == T(0) ? T(0) : better ? defined : versines[j];
   }
 }
@@ -178,8 +184,6 @@ IDML_INLINE T inverse_norm(T square) {
   return square == T(0) ? T(0) : T(1) / std::sqrt(square);
 }
 
-// -----------------------------------------------------------------------------------------------------------
-// the walk
 
 // A row of the tile as an epilogue sees it.
 template <class T>
@@ -194,8 +198,8 @@ struct Row {
   const T* versines;      // [M] 1 - cos
 };
 
-constexpr std::int64_t block_rows =
-    16;  // of float: a cache line of every column that is written transposed
+// 16 rows of float are a cache line of every column that is written transposed.
+constexpr std::int64_t block_rows = 16;
 
 inline std::int64_t block_count(std::int64_t rows) {
   return (rows + block_rows - 1) / block_rows;

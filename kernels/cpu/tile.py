@@ -1,4 +1,4 @@
-"""The walk over tiles of pairs on the CPU: Gram products by `torch.mm`, into two small buffers.
+"""The walk over tiles of pairs on the CPU: Gram products by `torch.mm`, into small buffers.
 
 The epilogues work in float32 (float64 for float64). bfloat16 products stay in bfloat16 where the
 machine multiplies it natively; other half inputs are widened a panel at a time.
@@ -29,7 +29,7 @@ class Tile(NamedTuple):
     cols: slice
     native: _C.Tile
     # Of sem and, unless the metric is conventional, of unc:
-    values: list[Tensor]  # [n, m] in the epilogue's dtype: the products, which it overwrites
+    values: list[Tensor]  # [n, m] in the epilogue's dtype: memory for its results
     row_panels: list[Tensor]  # [n, D] in the products' dtype
     col_panels: list[Tensor]  # [m, D] likewise
 
@@ -82,36 +82,35 @@ class Gram:
         self.x = Embedding(x)
         self.y = self.x if y is None else Embedding(y)
         self.buffer = torch.empty(pairs, dtype=self.x.epilogue_dtype)
-        self.bf16_buffer = torch.empty(pairs if self.x.native_bf16 else 0, dtype=torch.bfloat16)
+        self.product_buffer = self.buffer
+        if self.x.native_bf16:
+            self.product_buffer = torch.empty(pairs, dtype=torch.bfloat16)
 
     def values(self, rows: slice, cols: slice) -> Tensor:  # [n, m]
-        """The memory for the products of a tile; every tile uses the same."""
+        """Where the epilogue's results for a tile go; every tile uses the same memory."""
         shape = rows.stop - rows.start, cols.stop - cols.start
         return self.buffer[: math.prod(shape)].view(shape)
 
     def multiply(
         self, rows: slice, cols: slice, left: Tensor, row_panel: Tensor, col_panel: Tensor
     ) -> _C.Gram:
-        """Fills the values of a tile; ``left`` are the factors of its rows."""
+        """The product of a tile; ``left`` are the factors of its rows."""
         values = self.values(rows, cols)
+        products = self.product_buffer[: values.numel()].view(values.shape)
         right = self.y.factors(col_panel, cols, self.sign, left=False)
-        if self.x.native_bf16:
-            rounded = self.bf16_buffer[: values.numel()].view(values.shape)
-            values.copy_(torch.mm(left, right.T, out=rounded))
-        else:
-            torch.mm(left, right.T, out=values)
+        torch.mm(left, right.T, out=products)
         return _C.Gram(
             _C.Panel(matrix(row_panel), vector(self.x.squares[rows])),
             _C.Panel(matrix(col_panel), vector(self.y.squares[cols])),
+            matrix(products),
             matrix(values),
-            self.x.native_bf16,
         )
 
 
 class Walk:
     """Iterates over the tiles of all pairs; without a second side, over their upper triangle.
 
-    With ``multiply_sem=False`` the values of `sem` are left empty.
+    With ``multiply_sem=False`` the product of `sem` is not taken.
     """
 
     def __init__(
