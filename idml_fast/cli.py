@@ -41,7 +41,7 @@ def _train(arguments: list[str]) -> int:
     config = load_config(arguments)
     try:
         run(config)
-    except FileExistsError as error:
+    except (FileExistsError, FloatingPointError) as error:
         return _fail(str(error))
     return 0
 

@@ -23,7 +23,7 @@ class DataConfig:
         name: the data set; ``digits`` is scikit-learn's 1797 handwritten digits of 8 x 8 pixels.
         train_classes: classes to train on.
         test_classes: unseen classes to retrieve among; none of them in ``train_classes``.
-        batch_size: images a step and process.
+        batch_size: images a step, in every process.
     """
 
     name: Literal["digits"] = "digits"
@@ -142,6 +142,10 @@ class Config:
             raise ValueError("metric.form must be 'cosine' or 'official', got 'distance'")
         if not self.metric.reads_unc:
             raise ValueError("metric.tau must be finite, got inf (the conventional metric)")
+        for name in ("train_classes", "test_classes"):
+            classes = getattr(self.data, name)
+            if len(set(classes)) < 2 or not set(classes) <= set(range(10)):
+                raise ValueError(f"data.{name} must be two or more of 0 to 9, got {classes}")
         seen = sorted(set(self.data.train_classes) & set(self.data.test_classes))
         if seen:
             raise ValueError(f"data.test_classes must be unseen, got {seen} from train_classes")
@@ -154,6 +158,7 @@ class Config:
             "optim.lr": self.optim.lr,
             "optim.clip": self.optim.clip,
             "optim.step": self.optim.step,
+            "run.threads": 1 if self.run.threads is None else self.run.threads,
         }
         for name, value in positive.items():
             if not value > 0:
@@ -202,7 +207,7 @@ def load_config(arguments: Sequence[str] = (), prog: str = "idml-fast train") ->
     parsed = parser.parse_args(list(arguments))
     del parsed.config
     try:
-        return Config(**parser.instantiate_classes(parsed).as_dict())
+        return Config(**parser.instantiate(parsed).as_dict())
     except (TypeError, ValueError) as error:
         parser.error(str(error))
 

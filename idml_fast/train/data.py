@@ -1,4 +1,4 @@
-"""The images: one function a data set, each giving the same four tensors."""
+"""The images of a run, split by class."""
 
 from __future__ import annotations
 
@@ -21,19 +21,10 @@ class Data(NamedTuple):
 
 
 def load_data(config: DataConfig) -> Data:
-    """The data set of that name; ``digits`` comes with scikit-learn, so nothing is downloaded.
-
-    Raises:
-        ValueError: a class that the data set does not have, or fewer than two to train on.
-    """
+    """The data set of that name; ``digits`` comes with scikit-learn, so nothing is downloaded."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().div(16)[:, None]  # sixteen grey levels
     labels = torch.from_numpy(digits.target).long()
-    known = labels.unique().tolist()
-    for name in ("train_classes", "test_classes"):
-        classes = getattr(config, name)
-        if len(set(classes)) < 2 or not set(classes) <= set(known):
-            raise ValueError(f"data.{name} must be two or more of {known}, got {classes}")
     train_classes = torch.tensor(sorted(set(config.train_classes)))
     train = torch.isin(labels, train_classes)
     test = torch.isin(labels, torch.tensor(config.test_classes))

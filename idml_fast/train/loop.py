@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from ..losses import ProxyAnchorLoss
 from ..metric import Metric
-from .config import Config, OptimConfig
+from .config import Config
 from .data import Data, load_data
 from .folder import open_folder, to_json, write_text
 from .model import TwoHeaded, save
+from .optim import adamw
 from .outcome import Outcome, evaluate, record
 from .report import text_table, write_report
 
@@ -36,7 +37,6 @@ def run(config: Config) -> dict[str, dict[str, float | None]]:
     Raises:
         FileExistsError: the folder holds another run.
         FloatingPointError: the loss is no longer finite.
-        ValueError: the configuration does not suit the data set.
     """
     start = time.perf_counter()
     if config.run.threads is not None:
@@ -95,7 +95,7 @@ def train(
         alpha=config.loss.alpha,
         proxy_unc=config.loss.proxy_unc if metric.reads_unc else "zero",
     )
-    optimizer, schedule = _adamw(config.optim, model, loss)
+    optimizer, schedule = adamw(config.optim, model, loss)
     loader = DataLoader(
         TensorDataset(data.train_images, data.train_labels),
         config.data.batch_size,
@@ -103,10 +103,11 @@ def train(
         generator=torch.Generator().manual_seed(config.run.seed),
     )
     network, criterion, optimizer, loader = accelerator.prepare(model, loss, optimizer, loader)
+    # The conventional metric gives the uncertainty head nothing to learn from.
+    heads = (model.sem, model.unc) if metric.reads_unc else (model.sem,)
     parameters = [*network.parameters(), *criterion.parameters()]
-    hidden = (
-        None if accelerator.is_main_process else True
-    )  # None: hidden where there is no terminal
+    # One bar, and none where there is no terminal (None).
+    hidden = None if accelerator.is_main_process else True
     progress = tqdm(range(1, config.optim.epochs + 1), name, unit="epoch", disable=hidden)
     for epoch in progress:
         network.train()
@@ -115,7 +116,8 @@ def train(
             value = criterion(*network(images), labels)
             accelerator.backward(value)
             accelerator.clip_grad_value_(parameters, config.optim.clip)
-            steps.append(torch.stack([value.detach(), *_head_grads(model, metric)]))
+            grads = [head.weight.grad.norm() for head in heads]
+            steps.append(torch.stack([value.detach(), *grads]))
             optimizer.step()
             optimizer.zero_grad()
         schedule.step()
@@ -134,30 +136,3 @@ def train(
             on_epoch(line)
             progress.set_postfix({"loss": f"{mean:.3f}", "R@1": f"{line['recall_at_1']:.1%}"})
     return model
-
-
-def _adamw(
-    config: OptimConfig, model: TwoHeaded, loss: ProxyAnchorLoss
-) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """AdamW and its schedule by epoch: steps, and a trunk that stands still during the warm-up."""
-    heads = [*model.sem.parameters(), *model.unc.parameters()]
-    groups = [
-        {"params": model.trunk.parameters()},
-        {"params": heads},
-        {"params": loss.parameters(), "lr": config.lr * config.proxy_lr},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-
-    def stepped(epoch: int) -> float:
-        return config.decay ** (epoch // config.step)
-
-    def warmed_up(epoch: int) -> float:
-        return stepped(epoch) if epoch >= config.warmup_epochs else 0.0
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, [warmed_up, stepped, stepped])
-
-
-def _head_grads(model: TwoHeaded, metric: Metric) -> list[torch.Tensor]:
-    """The gradient norm at the semantic head and, where it learns, at the uncertainty head."""
-    heads = (model.sem, model.unc) if metric.reads_unc else (model.sem,)
-    return [head.weight.grad.norm() for head in heads]

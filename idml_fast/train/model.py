@@ -17,6 +17,8 @@ from ..metric import Metric
 from .config import ModelConfig
 from .folder import written_whole
 
+METADATA = "idml_fast"  # the entry of a model file that says how to build its network
+
 
 class TwoHeaded(nn.Module):
     """A small ConvNet with a semantic head and an uncertainty head.
@@ -64,11 +66,16 @@ def _convolution(channels: int, out: int) -> tuple[nn.Module, ...]:
 
 def save(model: TwoHeaded, metric: Metric, path: Path) -> None:
     """Write the model as safetensors, with the metric and the widths in the file's metadata."""
-    shape = {"channels": model.channels, "size": model.size}
-    metadata = {
-        "model": json.dumps({"config": asdict(model.config), **shape}),
-        "metric": json.dumps(asdict(metric)),
+    described = {
+        "model": {
+            "config": asdict(model.config),
+            "channels": model.channels,
+            "size": model.size,
+        },
+        "metric": asdict(metric),
     }
+    # One entry: the order of several is not the same from file to file.
+    metadata = {METADATA: json.dumps(described)}
     with written_whole(path) as partial:
         partial.write_bytes(to_bytes(model.state_dict(), metadata))
 
@@ -88,9 +95,10 @@ def load(path: str | Path) -> tuple[TwoHeaded, Metric]:
     """
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
-    if not {"model", "metric"} <= metadata.keys():
+    if METADATA not in metadata:
         raise ValueError(f"path must be a model that idml-fast train has written, got {path}")
-    shape = json.loads(metadata["model"])
-    model = TwoHeaded(ModelConfig(**shape["config"]), shape["channels"], shape["size"])
+    described = json.loads(metadata[METADATA])
+    config = ModelConfig(**described["model"].pop("config"))
+    model = TwoHeaded(config, **described["model"])
     model.load_state_dict(load_file(path))
-    return model.eval(), Metric(**json.loads(metadata["metric"]))
+    return model.eval(), Metric(**described["metric"])

@@ -182,9 +182,10 @@ def _queries(outcome: Outcome, data: Data, seed: int) -> dict[str, list[dict]]:
             "found": [_item(outcome, data, column) | {"right": ok} for column, ok in found],
         }
 
+    mistakes = f"{min(6, len(wrong))} of {len(wrong)}" if wrong else "none"
     return {
         "Drawn at random": [row(query) for query in order[:6]],
-        f"Nearest is wrong: {min(6, len(wrong))} of {len(wrong)}": [row(q) for q in wrong[:6]],
+        f"Nearest is wrong: {mistakes}": [row(query) for query in wrong[:6]],
     }
 
 

@@ -1,0 +1,224 @@
+"""The report: one file that asks for nothing, shows what happened, and escapes what it is told."""
+
+from __future__ import annotations
+
+import re
+from base64 import b64decode
+from dataclasses import replace
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+pytest.importorskip("jinja2", reason="the extra idml_fast[train] is not installed")
+
+from idml_fast import Metric
+from idml_fast.evaluation import CORRUPTIONS
+from idml_fast.train.config import Config
+from idml_fast.train.data import load_data
+from idml_fast.train.outcome import Outcome
+from idml_fast.train.report import ROWS, table, text_table, write_report
+
+VOID = {"meta", "link", "img", "br", "hr"}
+NAMES = [name for rows in ROWS.values() for _, name, _ in rows]
+
+
+class Page(HTMLParser):
+    """The page's elements, and whether every one that is opened is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    def of(self, tag: str) -> list[dict]:
+        return [attributes for found, attributes in self.elements if found == tag]
+
+
+def outcome(metric: Metric, seed: int, images: int) -> Outcome:
+    """A made-up outcome."""
+    draw = torch.Generator().manual_seed(seed)
+    sem = torch.nn.functional.normalize(torch.randn(images, 8, generator=draw), dim=1)
+    unc = torch.randn(images, 4, generator=draw)
+    alive = metric.reads_unc
+    norms = {name: torch.rand(6, images, generator=draw) for name in CORRUPTIONS if alive}
+    lacking = {name for name in NAMES if name.startswith(("unc_", "spearman_"))}
+    results = {name: None if name in lacking and not alive else 0.25 for name in NAMES}
+    epochs = [{"epoch": n, "loss": 3.0 / n, "recall_at_1": 0.8 + n / 100} for n in (1, 2, 3)]
+    return Outcome(metric, epochs, results, sem, unc, norms)
+
+
+@pytest.fixture(scope="module")
+def told():
+    """What a report is made of."""
+    config = Config(name="a <b>&amp; 'run'")
+    data = load_data(config.data)
+    images = len(data.test_images)
+    outcomes = {
+        "conventional": outcome(Metric.plain("cosine"), 0, images),
+        "introspective": outcome(config.metric, 1, images),
+    }
+    return config, data, outcomes
+
+
+@pytest.fixture(scope="module")
+def text(told, tmp_path_factory):
+    """A report."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(path, *told, seconds=12.3)
+    return path.read_text("utf-8")
+
+
+def test_it_is_well_formed(text):
+    page = Page(text)
+    assert page.open == []
+    assert [tag for tag, _ in page.elements][:2] == ["html", "head"]
+    assert page.of("html") == [{"lang": "en"}]
+    assert any(meta.get("name") == "viewport" for meta in page.of("meta"))
+
+
+def test_it_asks_for_nothing(text):
+    page = Page(text)
+    assert not page.of("script")
+    assert not page.of("iframe")
+    for _, attributes in page.elements:
+        for name in ("src", "href", "srcset", "data", "action", "poster"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert "@import" not in text
+    assert "url(" not in text
+
+
+def test_every_image_is_whole_and_described(text):
+    images = Page(text).of("img")
+    assert all(image["alt"] for image in images)
+    for image in images:
+        kind, content = re.fullmatch(r"data:(image/[a-z+]+);base64,(.+)", image["src"]).groups()
+        content = b64decode(content, validate=True)
+        if kind == "image/svg+xml":
+            svg = ElementTree.fromstring(content)
+            for element in svg.iter():
+                for name, value in element.attrib.items():
+                    assert not name.endswith("href") or value.startswith("#")
+        else:
+            assert kind == "image/png"
+            assert content.startswith(b"\x89PNG")
+    # 12 queries with five neighbours, 20 extremes, three strips of six, and seven figures.
+    assert len(images) == 12 * 6 + 20 + 3 * 6 + 7
+
+
+def test_it_escapes_what_it_is_told(text):
+    assert "<b>" not in text
+    assert "a &lt;b&gt;&amp;amp; &#39;run&#39;" in text
+    assert "a <b>&amp; 'run'" in Page(text).words
+
+
+def test_neighbours_are_marked_right_and_wrong(told, text):
+    _, data, outcomes = told
+    page = "".join(Page(text).words)
+    right, wrong = page.count("✓ "), page.count("✗ ")
+    assert right + wrong == 12 * 5
+    sem = outcomes["introspective"].sem
+    distances = torch.cdist(sem, sem).fill_diagonal_(torch.inf)
+    missed = data.test_labels[distances.argmin(dim=1)] != data.test_labels
+    assert f"Nearest is wrong: 6 of {missed.sum()}" in page
+    assert wrong >= 6
+
+
+def test_no_mistakes_is_said(told, tmp_path):
+    config, data, outcomes = told
+    # One direction for every class: whatever is nearest is of the same class.
+    sem = torch.nn.functional.one_hot(data.test_labels, 10).float()
+    perfect = replace(outcomes["introspective"], sem=sem)
+    write_report(tmp_path / "r.html", config, data, {**outcomes, "introspective": perfect}, 1.0)
+    page = "".join(Page((tmp_path / "r.html").read_text("utf-8")).words)
+    assert page.count("✓ ") == 6 * 5
+    assert "✗ " not in page
+    assert "Nearest is wrong: none" in page
+
+
+def test_the_least_certain_are_the_longest(told, text):
+    norm = told[2]["introspective"].unc.norm(dim=1).sort().values
+    words = "".join(Page(text).words)
+    least = words[words.index("Least certain") :]
+    certain = words[words.index("Most certain") : words.index("Least certain")]
+    assert re.findall(r"\d\.\d\d", certain) == [f"{x:.2f}" for x in norm[:10]]
+    assert re.findall(r"\d\.\d\d", least)[:10] == [f"{x:.2f}" for x in norm[-10:].flip(0)]
+
+
+def test_the_same_run_gives_the_same_report(told, text, tmp_path):
+    write_report(tmp_path / "again.html", *told, seconds=12.3)
+    assert (tmp_path / "again.html").read_text("utf-8") == text
+
+
+def test_colour_images(told, tmp_path):
+    config, data, outcomes = told
+    colour = data._replace(test_images=data.test_images.expand(-1, 3, -1, -1))
+    write_report(tmp_path / "colour.html", config, colour, outcomes, seconds=1.0)
+    assert Page((tmp_path / "colour.html").read_text("utf-8")).open == []
+
+
+def test_the_released_form_is_drawn(told, tmp_path):
+    config, data, outcomes = told
+    config = replace(config, metric=Metric.official())
+    ours = replace(outcomes["introspective"], metric=Metric.official())
+    write_report(tmp_path / "r.html", config, data, {**outcomes, "introspective": ours}, 1.0)
+    assert Page((tmp_path / "r.html").read_text("utf-8")).open == []
+
+
+def test_the_metric_that_is_drawn_is_the_library_s():
+    import idml_fast
+    from idml_fast.train.report import _adaptive_gradient, _distance
+
+    metric = Metric(tau=1.0, gamma=1.0)
+    alpha, beta = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 2.0])
+    # On a line: items alpha apart, with uncertainties that add up to beta.
+    for a, b, drawn in zip(alpha, beta, _distance(metric, alpha, beta), strict=True):
+        sem, unc = torch.stack([a * 0, a])[:, None], torch.stack([b / 2, b / 2])[:, None]
+        assert drawn == pytest.approx(idml_fast.pairwise(sem, unc, metric=metric)[0, 1].item())
+    # The two values that the paper's figure gives.
+    assert _adaptive_gradient(metric, alpha[:1], beta[:1]).item() == pytest.approx(0.7358, abs=1e-4)
+    metric = Metric(tau=1.0, gamma=0.0)
+    assert _adaptive_gradient(metric, alpha[1:], beta[1:]).item() == pytest.approx(0.4060, abs=1e-4)
+
+
+def test_the_table_has_dashes_where_there_is_no_uncertainty():
+    results = {
+        "conventional": dict.fromkeys(NAMES, 0.5) | dict.fromkeys(NAMES[7:]),
+        "introspective": dict.fromkeys(NAMES, 0.5) | {"spearman_blur": float("nan")},
+    }
+    sections = table(results)
+    rows = [row for section in sections.values() for row in section]
+    assert [row[1] for row in rows] == ["50.0 %"] * 7 + ["–"] * 6
+    assert rows[0] == ["Recall@1", "50.0 %", "50.0 %"]
+    assert rows[10] == ["Spearman with blur", "–", "undefined"]
+    assert rows[12] == ["Spearman with occlusion", "–", "+0.50"]
+
+
+def test_the_terminal_s_table_lines_up():
+    results = {
+        "conventional": dict.fromkeys(NAMES, 0.5) | dict.fromkeys(NAMES[7:]),
+        "introspective": dict.fromkeys(NAMES, 1.0),
+    }
+    lines = text_table(results).splitlines()
+    assert lines[0].split() == ["Retrieval", "conventional", "introspective"]
+    rows = [line for line in lines if "%" in line or "–" in line]
+    assert len(rows) == 13
+    assert len({len(line) for line in rows}) == 1
+    for title in ("Recall@1", "Recall@8", "NMI", "R-precision", "MAP@R", "Spearman with noise"):
+        assert any(line.startswith(title) for line in rows)
