@@ -15,13 +15,17 @@
 
 namespace idml::cpu {
 
-
 enum class Isa { baseline, avx2, avx512 };
 
-Isa isa();  // the widest that this machine has; the environment variable IDML_FAST_CPU_ISA lowers
-            // it
-bool has_bf16();     // whether the machine multiplies bfloat16 natively
-bool has_threads();  // whether this build has OpenMP
+// The widest that this machine has; the environment variable IDML_FAST_CPU_ISA = baseline | avx2 |
+// avx512 lowers it.
+Isa isa();
+
+// Whether the machine multiplies bfloat16 natively.
+bool has_bf16();
+
+// Whether this build has OpenMP.
+bool has_threads();
 
 // `body` is inlined into one function per instruction set, so each copy is compiled for that set.
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -62,7 +66,6 @@ void parallel(std::int64_t count, int threads, const Body& body) {
 // M costs a page fault every 4 KiB otherwise, which takes longer than the scores themselves. Only a
 // hint; nothing happens where there are none.
 void advise_huge_pages(const Matrix& matrix);
-
 
 // out[i] = ||x_i||^2, accumulated in double.
 template <class T>
@@ -183,7 +186,6 @@ template <class T>
 IDML_INLINE T inverse_norm(T square) {
   return square == T(0) ? T(0) : T(1) / std::sqrt(square);
 }
-
 
 // A row of the tile as an epilogue sees it.
 template <class T>
