@@ -158,6 +158,13 @@ class Walk:
                 yield Tile(rows, cols, _C.Tile(*native), values, row_panels, col_panels)
 
 
+def empty(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Memory for a result, in large pages where the system has them."""
+    x = torch.empty(shape, dtype=dtype)
+    _C.advise_huge_pages(matrix(x))
+    return x
+
+
 def parts(count: int, size: int, first: int = 0) -> Iterator[slice]:
     """``range(first, count)`` in slices of ``size``, the last one shorter."""
     for start in range(first, count, size):
