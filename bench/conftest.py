@@ -1,6 +1,7 @@
 """The options, the table at the end and the record of `pytest bench/ --benchmark-only`."""
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = pytest.StashKey[list[race.Result]]()
+LOAD = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser):
@@ -32,6 +34,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[RESULTS] = []
+    config.stash[LOAD] = round(os.getloadavg()[0], 1)
 
 
 @pytest.fixture
@@ -60,7 +63,8 @@ def pytest_terminal_summary(terminalreporter, config):
     results = config.stash[RESULTS]
     if not results:
         return
-    about = machine()
+    # Of other processes, before this run: more than a few tenths, and its times are worth little.
+    about = {**machine(), "load before": config.stash[LOAD]}
     terminalreporter.section("idml_fast against its peers")
     terminalreporter.write_line(", ".join(f"{what} {value}" for what, value in about.items()))
     terminalreporter.write_line(race.table(results))
@@ -69,7 +73,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(f"\nrecorded in {record(results, about, folder)}")
 
 
-def machine() -> dict[str, str | int]:
+def machine() -> dict[str, str | float]:
     cpu_info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpu_info.read_text()) if cpu_info.exists() else None
     return {
@@ -88,7 +92,7 @@ def commit() -> str:
     return subprocess.check_output(describe, cwd=ROOT, text=True).strip()
 
 
-def record(results: list[race.Result], about: dict[str, str | int], folder: Path) -> Path:
+def record(results: list[race.Result], about: dict[str, str | float], folder: Path) -> Path:
     """One file a run: bench/results/<date>-<device>-<commit>.json."""
     device = re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower()).strip("-")
     path = folder / f"{date.today()}-{device}-{about['commit']}.json"
