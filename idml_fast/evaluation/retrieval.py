@@ -81,7 +81,7 @@ def retrieval(
     The definitions are those of pytorch-metric-learning's ``AccuracyCalculator``: without a
     gallery every item is a query among all the others (itself excluded by identity, so that
     duplicates count), and a query for which no relevant item exists is left out of the averages.
-    The ``[N, M]`` distances are never stored; the neighbours are ``[N, max(ks, R)]``.
+    The neighbours come from `idml_fast.nearest`, ``max(ks, R)`` for each query.
 
     Args:
         sem: ``[N, Ds]`` float, the semantic embeddings of the queries.

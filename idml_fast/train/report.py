@@ -31,6 +31,11 @@ STYLE = {
     "font.size": 11,
     "axes.edgecolor": "#c6cbd4",
     "axes.labelcolor": "#414a59",
+    "axes.titlecolor": "#1b2330",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
     "axes.spines.right": False,
     "axes.spines.top": False,
     "xtick.color": "#6b7484",
@@ -53,7 +58,7 @@ ROWS = {
         ("R-precision", "r_precision", PERCENT),
         ("MAP@R", "map_at_r", PERCENT),
     ),
-    "Is the uncertainty alive?": (
+    "Uncertainty": (
         ("Gradient norm at its head", "unc_grad_norm", NORM),
         ("‖u‖, mean", "unc_norm_mean", NORM),
         ("‖u‖, standard deviation", "unc_norm_std", NORM),
@@ -124,8 +129,8 @@ def write_report(
             metrics=list(outcomes),
             table=table({name: outcome.results for name, outcome in outcomes.items()}),
             pixels=retrieval(data.test_images.flatten(1), data.test_labels)["recall_at_1"],
-            loss_figure=_curves(outcomes, "loss", "training loss"),
-            recall_figure=_curves(outcomes, "recall_at_1", "Recall@1, unseen classes"),
+            loss_figure=_curves(outcomes, "loss", "Training loss"),
+            recall_figure=_curves(outcomes, "recall_at_1", "Recall@1 among unseen classes"),
             queries=_queries(shown, data, config.run.seed),
             extremes=_extremes(shown, data),
             corruptions=_corruptions(shown, data),
@@ -137,7 +142,7 @@ def write_report(
                 _adaptive_gradient,
                 "H(α, β) = ∂D/∂α",
                 "YlGnBu_r",
-                (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98),
+                (0.5, 0.7, 0.8, 0.9, 0.95, 0.98),
             ),
         )
     write_text(path, page)
@@ -266,6 +271,7 @@ def _surface(
     axes.clabel(lines, fontsize=9)
     axes.scatter(alphas, betas, s=4, color="#c2410c", alpha=0.6, linewidths=0)
     axes.set(xlabel="α = ‖sᵢ − sⱼ‖", ylabel="β = ‖uᵢ + uⱼ‖", title=title)
+    axes.locator_params(nbins=5)
     return _svg(figure)
 
 
