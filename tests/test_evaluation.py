@@ -115,6 +115,11 @@ def test_k_beyond_the_gallery():
     ("arguments", "message"),
     [
         ((torch.ones(3, 2), torch.tensor([0, 0])), r"labels must have shape \[3\] like sem"),
+        ((torch.ones(0, 2), torch.zeros(0).long()), "sem must hold at least one item, got none"),
+        (
+            (torch.ones(1, 2), torch.zeros(1).long(), torch.ones(0, 2), torch.zeros(0).long()),
+            "sem2 must hold at least one item, got none",
+        ),
         ((torch.ones(3, 2), torch.tensor([0, 1, 2])), "labels must give some query a relevant"),
         ((torch.ones(3, 2), torch.zeros(3).long(), torch.ones(3, 2)), "sem2 and labels2 must be"),
     ],

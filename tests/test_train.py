@@ -49,6 +49,15 @@ def trained(config: Config, metric: Metric) -> tuple[TwoHeaded, list[dict]]:
     return train(accelerator, config, data, "metric", metric, lines.append), lines
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """What `run` does by default: sums do not depend on how many threads there are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run, and its results."""
@@ -119,6 +128,17 @@ def test_the_same_seed_gives_the_same_run(finished, tmp_path):
     assert run(again) == results
     for name in ("metrics.jsonl", "conventional.safetensors", "introspective.safetensors"):
         assert (again.folder / name).read_bytes() == (config.folder / name).read_bytes(), name
+
+
+def test_a_run_gives_the_threads_back(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("idml_fast.train.loop._run", lambda _: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(3)
+    config = tiny(tmp_path)
+    for threads in (1, 2, None):
+        run(replace(config, run=replace(config.run, threads=threads)))
+    assert seen == [1, 2, 3]
+    assert torch.get_num_threads() == 3
 
 
 def test_another_seed_gives_another_run(tmp_path):

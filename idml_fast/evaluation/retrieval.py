@@ -95,7 +95,7 @@ def retrieval(
 
     Raises:
         TypeError, ValueError: one of ``sem2`` and ``labels2`` comes without the other, labels do
-            not match their embeddings, or no query has a relevant item.
+            not match their embeddings, or there is nothing to retrieve: no item, or none relevant.
     """
     if (sem2 is None) != (labels2 is None):
         raise ValueError("sem2 and labels2 must be given together, got only one of them")
@@ -104,6 +104,8 @@ def retrieval(
         _checks.labels("labels2", labels2, sem2, "sem2")
     itself = sem2 is None
     gallery = labels if itself else labels2
+    if not len(gallery):
+        raise ValueError(f"{'sem' if itself else 'sem2'} must hold at least one item, got none")
     # Counted by class, not by comparing all labels with all: that would be the [N, M] matrix.
     classes, sizes = gallery.unique(return_counts=True)
     place = torch.searchsorted(classes, labels.to(classes.dtype)).clamp(max=len(classes) - 1)

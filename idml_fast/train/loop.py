@@ -38,9 +38,16 @@ def run(config: Config) -> dict[str, dict[str, float | None]]:
         FileExistsError: the folder holds another run.
         FloatingPointError: the loss is no longer finite.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.run.threads or threads)
+    try:
+        return _run(config)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(config: Config) -> dict[str, dict[str, float | None]]:
     start = time.perf_counter()
-    if config.run.threads is not None:
-        torch.set_num_threads(config.run.threads)
     accelerator = Accelerator(mixed_precision=config.run.mixed_precision, cpu=config.run.cpu)
     data = load_data(config.data)
     if accelerator.is_main_process:
