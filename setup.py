@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """`build_ext` by CMake and Ninja: into the source tree for `pip install -e .`, into the wheel otherwise."""
+    """Builds in the source tree for `pip install -e .`, into the wheel otherwise."""
 
     def build_extension(self, ext: Extension) -> None:
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent

@@ -132,7 +132,9 @@ def index(value: Any, rows: int, cols: int) -> None:
     for name, positions, count in zip(("rows", "cols"), value, (rows, cols), strict=True):
         _tensor(f"index {name}", positions)
         if positions.shape != value[0].shape or positions.dim() != 1:
-            raise ValueError(f"index {name} must have shape [T], the same for both, got {_shape(positions)}")
+            raise ValueError(
+                f"index {name} must have shape [T], the same for both, got {_shape(positions)}"
+            )
         if positions.dtype != torch.int64:
             raise TypeError(f"index {name} must be int64, got {_name(positions.dtype)}")
         labels_below(f"index {name}", positions, count)
@@ -143,14 +145,18 @@ def same_length(sem: Tensor, sem2: Tensor | None) -> None:
     if sem2 is None:
         raise TypeError("sem2 must be given when index is None, got None")
     if len(sem) != len(sem2):
-        raise ValueError(f"sem2 must have {len(sem)} rows like sem when index is None, got {len(sem2)}")
+        raise ValueError(
+            f"sem2 must have {len(sem)} rows like sem when index is None, got {len(sem2)}"
+        )
 
 
 def cosine_form(metric: Any, user: str) -> None:
     """``metric`` is a similarity, which ``user`` needs."""
     instance("metric", metric, _metric(), "an idml_fast.Metric")
     if not metric.larger_is_closer:
-        raise ValueError(f"metric must be of form 'cosine' or 'official' for {user}, got {metric.form!r}")
+        raise ValueError(
+            f"metric must be of form 'cosine' or 'official' for {user}, got {metric.form!r}"
+        )
 
 
 def instance(name: str, value: Any, kinds: Any, wanted: str) -> None:
@@ -174,7 +180,9 @@ def _shape_like(name: str, x: Tensor, other: str, like: Tensor, wanted: list[int
     if all(isinstance(w, str) or w == n for w, n in zip(wanted, x.shape, strict=True)):
         return
     shape = ", ".join(map(str, wanted))
-    raise ValueError(f"{name} must have shape [{shape}] like {other} {_shape(like)}, got {_shape(x)}")
+    raise ValueError(
+        f"{name} must have shape [{shape}] like {other} {_shape(like)}, got {_shape(x)}"
+    )
 
 
 def _kind(value: Any) -> str:

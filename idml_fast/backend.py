@@ -23,7 +23,7 @@ OPERATIONS = ("pairwise", "rowstats", "paired", "nearest")
 
 
 def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
-    """The backend that serves ``op`` on tensors like this one: the first that can, or the named one.
+    """The backend that serves ``op`` on tensors like this: the first that can, or the named one.
 
     `reference` is never chosen by itself in place of a kernel: it must be named.
 

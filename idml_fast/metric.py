@@ -14,15 +14,16 @@ FORMS = ("distance", "cosine", "official")
 class Metric:
     """The introspective metric: semantic distance, weakened by the pair's uncertainty.
 
-    With ``alpha = ||s_i - s_j||``, ``beta = ||u_i + u_j||`` and ``r = (beta + gamma) / (tau alpha)``::
+    With ``alpha = ||s_i - s_j||``, ``beta = ||u_i + u_j||``, ``r = (beta + gamma) / (tau alpha)``::
 
         form="distance"   D = alpha exp(-r)                    0 for identical items
         form="cosine"     C = 1 - (1 - cos(s_i, s_j)) exp(-r)  1 for identical items
         form="official"   C with r = (beta^2 + gamma) / (tau alpha^2)
 
     Args:
-        tau: temperature, > 0; a larger one weakens the effect of the uncertainty. ``math.inf`` gives
-            the conventional metric (``alpha``, or the plain cosine), which does not read ``unc``.
+        tau: temperature, > 0; a larger one weakens the effect of the uncertainty. ``math.inf``
+            gives the conventional metric (``alpha``, or the plain cosine), which does not read
+            ``unc``.
         gamma: offset of the uncertainty, >= 0.
         form: one of the three above.
 
@@ -51,7 +52,7 @@ class Metric:
 
     @classmethod
     def paper(cls, form: str = "distance") -> Metric:
-        """The paper's metric at the temperature of its released code: ``tau = 5``, ``gamma = 0``."""
+        """The paper's metric, at its released code's temperature: ``tau = 5``, ``gamma = 0``."""
         return cls(5.0, 0.0, form)
 
     @classmethod

@@ -30,12 +30,12 @@ def pairwise(
         beta = torch.cdist(unc, -unc2)
         scores = alpha * torch.exp(-(beta + metric.gamma) / (metric.tau * alpha))
 
-    Neither ``alpha`` nor ``beta`` nor anything else of N x M is allocated besides the result, in the
-    forward or in the backward, which computes them again tile by tile. Without ``sem2`` the rows are
-    compared with themselves at half the products; the diagonal is then exactly 0 (1 for the cosine
-    forms) and carries no gradient. Near-duplicates are computed from their differences, so that an
-    alpha is right to about 128 times the precision of the products' accumulation, relatively.
-    The same input gives the same bits, whatever the number of threads.
+    Neither ``alpha`` nor ``beta`` nor anything else of N x M is allocated besides the result, in
+    the forward or in the backward, which computes them again tile by tile. Without ``sem2`` the rows
+    are compared with themselves at half the products; the diagonal is then exactly 0 (1 for the
+    cosine forms) and carries no gradient. Near-duplicates are computed from their differences, so
+    that the relative error of an alpha stays below 128 times that of the products' accumulation.
+    The same input gives the same bits, for one number of threads.
 
     Args:
         sem, sem2: semantic embeddings; float32, float64, bfloat16 or float16, of any strides.
@@ -66,9 +66,7 @@ def pairwise(
         unc = unc2 = None
     if served == "reference":
         return reference.pairwise(sem, unc, sem2, unc2, metric=metric)
-    return torch.ops.idml_fast.pairwise(
-        sem, unc, sem2, unc2, metric.tau, metric.gamma, metric.form
-    )
+    return torch.ops.idml_fast.pairwise(sem, unc, sem2, unc2, metric.tau, metric.gamma, metric.form)
 
 
 def autocast(*embeddings: Tensor | None) -> Iterator[Tensor | None]:
@@ -86,9 +84,7 @@ def autocast(*embeddings: Tensor | None) -> Iterator[Tensor | None]:
 # What PyTorch is told of the operation: shapes for torch.compile and export, a kernel per type of
 # device, and the gradient, which is an operation of its own so that it can be traced as well.
 
-_ARGUMENTS = (
-    "Tensor sem, Tensor? unc, Tensor? sem2, Tensor? unc2, float tau, float gamma, str form"
-)
+_ARGUMENTS = "Tensor sem, Tensor? unc, Tensor? sem2, Tensor? unc2, float tau, float gamma, str form"
 torch.library.define("idml_fast::pairwise", f"({_ARGUMENTS}) -> Tensor")
 torch.library.define(
     "idml_fast::pairwise_backward",

@@ -52,7 +52,9 @@ def score(alpha2: Tensor, beta2: Tensor, versine: Tensor | None, metric: Metric)
     if metric.reads_unc:
         squared = metric.form == "official"
         length = (alpha2 if squared else alpha).clamp_min(torch.finfo(alpha.dtype).tiny)
-        base = base * torch.exp(-((beta2 if squared else beta) + metric.gamma) / (metric.tau * length))
+        base = base * torch.exp(
+            -((beta2 if squared else beta) + metric.gamma) / (metric.tau * length)
+        )
     return base if versine is None else 1 - base
 
 

@@ -33,13 +33,14 @@ def rowstats(
         scores = scores.masked_fill(labels[:, None] == labels2, math.inf)
         hardness = torch.logsumexp(-scores, dim=1)
 
-    The scores come from the kernel of `idml_fast.pairwise`; the statistics are computed from them in
-    eager PyTorch, in float32 or better, so memory grows with N x M.
+    The scores come from the kernel of `idml_fast.pairwise`; the statistics are computed from them
+    in eager PyTorch, in float32 or better, so memory grows with N x M.
 
     Args:
-        sem, unc, sem2, unc2, metric, backend: as for `idml_fast.pairwise`. Without ``sem2`` the rows
-            are compared with themselves, and a row never looks at its own column.
-        labels, labels2: integer labels of the rows and of the columns; ``labels2`` goes with ``sem2``.
+        sem, unc, sem2, unc2, metric, backend: as for `idml_fast.pairwise`. Without ``sem2`` the
+            rows are compared with themselves, and a row never looks at its own column.
+        labels, labels2: integer labels of the rows and of the columns; ``labels2`` goes with
+            ``sem2``.
         stats: a name for each statistic wanted, see `idml_fast.stats`.
 
     Returns:

@@ -121,7 +121,10 @@ class Histogram(_Statistic):
         width = (self.high - self.low) / self.bins
         x = self._raised(scores)
         counts = [
-            (1 - (x - (self.low + b * width)).abs() / width).relu().masked_fill(~looked_at, 0).sum(1)
+            (1 - (x - (self.low + b * width)).abs() / width)
+            .relu()
+            .masked_fill(~looked_at, 0)
+            .sum(1)
             for b in range(self.bins + 1)
         ]
         return torch.stack(counts, dim=1)

@@ -22,23 +22,23 @@ def forward(
     """The scores, tile by tile; rows against themselves fill both triangles from the upper one."""
     walk = Walk(sem, unc, sem2, unc2)
     scores = empty(walk.shape, sem.dtype)
+    # The kernel writes where the scores belong or, if their dtype is not its own, into a buffer.
     direct = scores.dtype == walk.dtype
     buffer = torch.empty_like(walk.grams[0].buffer[: 0 if direct else None])
     for tile in walk:
-        target, mirror = scores[tile.rows, tile.cols], scores[tile.cols, tile.rows]
-        place = target if direct else buffer[: target.numel()].view(target.shape)
-        on_diagonal = walk.symmetric and tile.rows == tile.cols
-        mirrored = _C.Matrix()
-        if on_diagonal:
-            mirrored = matrix(place)
-        elif walk.symmetric and direct:
-            mirrored = matrix(mirror)
+        target = scores[tile.rows, tile.cols]
+        mirror = scores[tile.cols, tile.rows] if walk.symmetric else None
+        if direct:
+            place, mirrored = target, mirror
+        else:
+            place = buffer[: target.numel()].view(target.shape)
+            mirrored = place if walk.symmetric and tile.rows == tile.cols else None
         _C.pairwise_forward(
-            tile.native, _C.Form(form), tau, gamma, matrix(place), mirrored, threads()
+            tile.native, _C.Form(form), tau, gamma, matrix(place), matrix(mirrored), threads()
         )
         if not direct:
             target.copy_(place)
-            if walk.symmetric:
+            if mirror is not None:
                 mirror.copy_(place.T)
     return scores
 
@@ -68,14 +68,16 @@ def backward(
         # A symmetric walk's tile stands for (i, j) and (j, i), and its columns are rows as well. On
         # the diagonal it holds both pairs already: there it counts for its rows alone.
         for_cols = not walk.symmetric or tile.rows != tile.cols
-        read = [upstream[tile.rows, tile.cols]]
-        read.append(upstream[tile.cols, tile.rows] if walk.symmetric else None)
-        read.append(None if scores is None else scores[tile.rows, tile.cols])
-        read = [x if x is None else readable(x, walk.dtype) for x in read]
+        incoming = readable(upstream[tile.rows, tile.cols], walk.dtype)
+        mirror = forwarded = None
+        if walk.symmetric:
+            mirror = readable(upstream[tile.cols, tile.rows], walk.dtype)
+        if scores is not None:
+            forwarded = readable(scores[tile.rows, tile.cols], walk.dtype)
         diagonals = [
             _C.Diagonal(
                 vector(row.diagonal[tile.rows]),
-                vector(col.diagonal[tile.cols]) if for_cols else _C.Matrix(),
+                vector(col.diagonal[tile.cols] if for_cols else None),
             )
             for row, col in zip(rows, cols, strict=True)
         ]
@@ -84,7 +86,7 @@ def backward(
             _C.Form(form),
             tau,
             gamma,
-            _C.Upstream(*(_C.Matrix() if x is None else matrix(x) for x in read)),
+            _C.Upstream(matrix(incoming), matrix(mirror), matrix(forwarded)),
             threads(),
             *diagonals,
         )

@@ -171,14 +171,16 @@ def parts(count: int, size: int, first: int = 0) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def matrix(x: Tensor) -> _C.Matrix:  # [n, m]
-    """The view of a matrix that the native module takes; ``x`` must outlive it."""
+def matrix(x: Tensor | None) -> _C.Matrix:  # [n, m]
+    """The view of a matrix that the native module takes; ``x`` must outlive it. None is absent."""
+    if x is None:
+        return _C.Matrix()
     return _C.Matrix(x.data_ptr(), *x.shape, *x.stride(), x.element_size())
 
 
-def vector(x: Tensor) -> _C.Matrix:  # [n]
+def vector(x: Tensor | None) -> _C.Matrix:  # [n]
     """Likewise for a contiguous vector, as a matrix of one row."""
-    return _C.Matrix(x.data_ptr(), 1, len(x), 0, 1, x.element_size())
+    return matrix(None if x is None else x[None])
 
 
 def threads() -> int:
