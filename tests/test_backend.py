@@ -1,0 +1,117 @@
+"""Which backend serves what, and what is said of those that do not."""
+
+import platform
+
+import pytest
+import torch
+
+import idml_fast
+from idml_fast import backend, pairwise
+
+CPU, META = torch.zeros(1), torch.zeros(1, device="meta")
+SEM, UNC = torch.eye(3), torch.ones(3, 2)
+
+
+def test_pairwise_on_the_cpu_is_served_by_its_kernel():
+    assert backend.choose("pairwise", CPU) == "cpu"
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_named_backend_is_taken(name):
+    assert backend.choose("pairwise", CPU, name) == name
+
+
+def test_the_default_runs_the_kernel_and_the_reference_does_not(monkeypatch):
+    ran = []
+
+    def kernel(*arguments):
+        ran.append(arguments)
+        return torch.zeros(3, 3)
+
+    monkeypatch.setattr("idml_fast._cpu.pairwise.forward", kernel)
+    pairwise(SEM, UNC)
+    assert len(ran) == 1
+    pairwise(SEM, UNC, backend="cpu")
+    assert len(ran) == 2
+    pairwise(SEM, UNC, backend="reference")
+    assert len(ran) == 2
+
+
+@pytest.mark.parametrize("op", backend.OPERATIONS)
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_the_reference_serves_everything(device, op):
+    assert backend.refusal("reference", op, device) is None
+
+
+@pytest.mark.parametrize("op", backend.OPERATIONS)
+@pytest.mark.parametrize("name", backend.KERNELS)
+def test_a_backend_without_a_kernel_says_so(name, op):
+    if op in backend.KERNELS[name]:
+        assert "it has no kernel" not in (backend.refusal(name, op, "cpu") or "")
+    else:
+        with pytest.raises(RuntimeError) as error:
+            backend.choose(op, CPU, name)
+        told = f"backend {name!r} cannot serve {op} here: it has no kernel for this operation yet"
+        assert str(error.value) == told
+
+
+def test_the_cpu_backend_refuses_another_device():
+    with pytest.raises(RuntimeError) as error:
+        backend.choose("pairwise", META, "cpu")
+    assert str(error.value) == (
+        "backend 'cpu' cannot serve pairwise here: it serves tensors on the CPU, not on meta"
+    )
+
+
+def test_when_no_kernel_serves_each_reason_is_given_and_nothing_falls_back():
+    with pytest.raises(RuntimeError) as error:
+        pairwise(SEM.to("meta"), UNC.to("meta"))
+    message = str(error.value)
+    assert message.startswith("no kernel can serve pairwise on meta here (")
+    assert message.endswith("); backend='reference' runs it in eager PyTorch")
+    for name in backend.KERNELS:
+        assert f"{name}: " in message
+    assert "cpu: it serves tensors on the CPU, not on meta" in message
+
+
+def test_a_missing_native_module_is_a_reason(monkeypatch):
+    reason = "the native module idml_fast._C is not built; `pip install -e .` builds it"
+    monkeypatch.setattr(backend, "_native_missing", lambda: reason)
+    assert backend.refusal("cpu", "pairwise", "cpu") == reason
+    with pytest.raises(RuntimeError, match=r"cpu: the native module idml_fast\._C is not"):
+        pairwise(SEM, UNC)
+    assert pairwise(SEM, UNC, backend="reference").shape == (3, 3)
+    assert f"_C         missing: {reason}" in backend.report()
+
+
+def test_report_names_versions_and_devices():
+    lines = backend.report().splitlines()
+    head = dict(line.split(maxsplit=1) for line in lines[: lines.index("")])
+    assert head["idml_fast"] == idml_fast.__version__
+    assert head["python"].startswith(platform.python_version())
+    assert head["torch"].startswith(f"{torch.__version__}, {torch.get_num_threads()} threads")
+    assert (head["GPU"] == "none") == (not torch.cuda.is_available())
+    assert "vectors: " in head["_C"]
+    assert "threads: " in head["_C"]
+    assert head["triton"]
+
+
+def test_report_names_a_lowered_instruction_set(monkeypatch):
+    monkeypatch.setenv("IDML_FAST_CPU_ISA", "avx2")
+    assert "(IDML_FAST_CPU_ISA=avx2)" in backend.report()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the table is of the device that is there")
+def test_report_says_what_each_backend_serves_and_why_not():
+    lines = backend.report().splitlines()
+    title = next(i for i, line in enumerate(lines) if line.startswith("backend"))
+    assert lines[title].split()[1:] == list(backend.OPERATIONS)
+    table = {row.split()[0]: row.split()[1:] for row in lines[title + 1 : lines.index("", title)]}
+    assert list(table) == list(backend.BACKENDS)
+    why_not = lines[lines.index("Why not (tensors on cpu):") + 1 :]
+    for name, cells in table.items():
+        for op, cell in zip(backend.OPERATIONS, cells, strict=True):
+            reason = backend.refusal(name, op, "cpu")
+            assert cell == ("yes" if reason is None else "-")
+            told = [line for line in why_not if line.startswith(f"  {name}, ") and op in line]
+            assert told == [] if reason is None else told[0].endswith(f": {reason}")

@@ -1,0 +1,46 @@
+"""The examples in the documentation run, and print what they say they print."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+import idml_fast
+
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(idml_fast.__path__, "idml_fast.")
+    if not any(part.startswith("_") for part in module.name.split("."))
+]
+FUNCTIONS = ["pairwise", "rowstats", "paired", "nearest", "Metric", "losses.ProxyAnchorLoss"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    torch.manual_seed(0)
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_a_user_calls_has_an_example(name):
+    found = idml_fast
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert doctest.DocTestParser().get_examples(inspect.getdoc(found))
+
+
+def test_the_python_blocks_of_the_readme_run_in_order(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace = {"__name__": "readme"}
+    for number, block in enumerate(blocks, 1):
+        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
