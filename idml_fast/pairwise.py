@@ -31,10 +31,11 @@ def pairwise(
         scores = alpha * torch.exp(-(beta + metric.gamma) / (metric.tau * alpha))
 
     Neither ``alpha`` nor ``beta`` nor anything else of N x M is allocated besides the result, in
-    the forward or in the backward, which computes them again tile by tile. Without ``sem2`` the rows
-    are compared with themselves at half the products; the diagonal is then exactly 0 (1 for the
-    cosine forms) and carries no gradient. Near-duplicates are computed from their differences, so
-    that the relative error of an alpha stays below 128 times that of the products' accumulation.
+    the forward or in the backward, which computes them again tile by tile; the distance form's
+    backward keeps the result for that, so it must not be changed in place. Without ``sem2`` the
+    rows are compared with themselves at half the products; the diagonal is then exactly 0 (1 for
+    the cosine forms) and carries no gradient. Near-duplicates are computed from their differences,
+    so that the relative error of an alpha stays below 128 times that of the products' accumulation.
     The same input gives the same bits, for one number of threads.
 
     Args:
