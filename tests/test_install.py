@@ -80,7 +80,7 @@ def wheel(tmp_path_factory, sdist, build_tools):
     """Built from the source distribution alone."""
     folder = tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder)
+        archive.extractall(folder, filter="data")
     (source,) = folder.iterdir()
     return build("build_wheel", source, folder / "dist", build_tools)
 
