@@ -48,7 +48,8 @@ class Embedding:
         """The squared norms, in the epilogue's dtype."""
         squares = torch.empty(len(self.x), dtype=self.epilogue_dtype)
         for part in parts(len(self.x), TILE[0]):
-            _C.squared_norms(matrix(self.panel(part)), vector(squares[part]), threads())
+            panel = self.panel(part)
+            _C.squared_norms(matrix(panel), vector(squares[part]), threads())
         return squares
 
     def panel(self, part: slice) -> Tensor:
