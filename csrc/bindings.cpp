@@ -17,7 +17,7 @@ using idml::Matrix;
 using idml::Metric;
 using idml::Panel;
 using idml::Tile;
-using idml::cpu::Diagonal;
+using idml::cpu::Gradient;
 using idml::cpu::Upstream;
 
 namespace {
@@ -63,11 +63,9 @@ PYBIND11_MODULE(_C, m) {
         return Matrix{data, rows, cols, row_stride, col_stride, itemsize};
       }));
   py::class_<Panel>(m, "Panel").def(py::init<Matrix, Matrix>());
-  py::class_<Gram>(m, "Gram")
-      .def(py::init<Panel, Panel, Matrix, Matrix>())
-      .def(py::init([](const Matrix& values) { return Gram{{}, {}, {}, values}; }));
+  py::class_<Gram>(m, "Gram").def(py::init<Panel, Panel, Matrix, Matrix>());
   py::class_<Tile>(m, "Tile").def(py::init<Gram>()).def(py::init<Gram, Gram>());
-  py::class_<Diagonal>(m, "Diagonal").def(py::init<>()).def(py::init<Matrix, Matrix>());
+  py::class_<Gradient>(m, "Gradient").def(py::init<Matrix, Matrix, Matrix, Matrix>());
   py::class_<Upstream>(m, "Upstream").def(py::init<Matrix, Matrix, Matrix>());
   py::enum_<Form>(m, "Form")
       .value("distance", Form::distance)
@@ -101,7 +99,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "pairwise_backward",
       [](const Tile& tile, Form form, double tau, double gamma, const Upstream& upstream,
-         int threads, const Diagonal& sem, const Diagonal& unc) {
+         int threads, const Gradient& sem, const Gradient& unc) {
         with_dtype(upstream.gradient, [&](auto zero) {
           using T = decltype(zero);
           idml::cpu::pairwise_backward<T>(tile, form, metric_of<T>(tau, gamma), upstream, sem, unc,
@@ -109,6 +107,6 @@ PYBIND11_MODULE(_C, m) {
         });
       },
       py::arg("tile"), py::arg("form"), py::arg("tau"), py::arg("gamma"), py::arg("upstream"),
-      py::arg("threads"), py::arg("sem"), py::arg("unc") = Diagonal(),
+      py::arg("threads"), py::arg("sem"), py::arg("unc") = Gradient(),
       py::call_guard<py::gil_scoped_release>());
 }

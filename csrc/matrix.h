@@ -26,14 +26,13 @@ struct Panel {
   Matrix squares;  // [1, n] squared norms
 };
 
-// One of a tile's two products, x . y; a product in bfloat16 is ||x +- y||^2 already.
+// One of a tile's two products: x . y or, in bfloat16, 2 (|x||y| - x . y) for sem and
+// 2 (|x||y| + x . y) for unc, which have cancelled before they were rounded.
 struct Gram {
   Panel rows;       // N items
   Panel cols;       // M items
-  Matrix products;  // [N, M]
+  Matrix products;  // [N, M], absent where they are not needed
   Matrix values;    // [N, M], where an epilogue's results go; may be the products' own memory
-
-  bool holds_squares() const { return products.itemsize == 2; }
 };
 
 struct Tile {

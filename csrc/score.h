@@ -51,6 +51,7 @@ struct Weights {
   T diagonal_row;
   T diagonal_col;
   T sum;
+  T inverse_alpha;  // 0 for identical items
 };
 
 // A value's bits, and back.
@@ -126,7 +127,9 @@ IDML_INLINE T exponent(T alpha2, T alpha, T beta2, T beta, Metric<T> metric) {
   const T tiny = std::numeric_limits<T>::min();
   const T huge = T(1e30);
   const T length = form == Form::official ? alpha2 : alpha;
-  const T uncertainty = (form == Form::official ? beta2 : beta) + metric.gamma;
+  const T measured = form == Form::official ? beta2 : beta;
+  // An infinite uncertainty is a fault in the input and must not come out as a score: inf - inf.
+  const T uncertainty = measured + metric.gamma + (measured - measured);
   const T r = uncertainty * metric.inverse_tau / (length < tiny ? tiny : length);
   return r > huge ? huge : r;
 }
@@ -187,7 +190,7 @@ IDML_INLINE Weights<T> distance_weights(T distance, T beta, Metric<T> metric) {
   const T inverse_beta = beta == T(0) ? T(0) : T(1) / beta;
   const T decay = distance * inverse_alpha;  // exp(-r)
   const T a = distance == T(0) ? T(0) : decay * (T(1) + r) * inverse_alpha;
-  return {-a, a, a, -decay * metric.inverse_tau * inverse_beta};
+  return {-a, a, a, -decay * metric.inverse_tau * inverse_beta, inverse_alpha};
 }
 
 // The same for the cosine forms, from alpha and beta. `inverse_row` and `inverse_col` are 1/||s_i||
@@ -205,13 +208,12 @@ IDML_INLINE Weights<T> cosine_weights(T alpha2, T beta2, T versine, T inverse_ro
   const T pull = versine * decay;
   const T power = form == Form::official ? T(2) : T(1);
   const T a = -power * pull * r * inverse_alpha * inverse_alpha;
-  const T b = form == Form::official
-                  ? T(2) * pull * metric.inverse_tau * inverse_alpha * inverse_alpha
-                  : pull * metric.inverse_tau * inverse_alpha * inverse_beta;
-  const T along =
-      decay * (T(1) - versine);  // the part of dC/dcos that only changes a vector's length
+  const T of_beta = form == Form::official ? T(2) * inverse_alpha : inverse_beta;
+  const T b = beta2 == T(0) ? T(0) : pull * metric.inverse_tau * inverse_alpha * of_beta;
+  // The part of dC/dcos that only changes a vector's length.
+  const T along = decay * (T(1) - versine);
   return {decay * inverse_row * inverse_col - a, a - along * inverse_row * inverse_row,
-          a - along * inverse_col * inverse_col, b};
+          a - along * inverse_col * inverse_col, b, inverse_alpha};
 }
 
 }  // namespace idml

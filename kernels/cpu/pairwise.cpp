@@ -61,43 +61,143 @@ IDML_INLINE void add_mirror(const Upstream& upstream, std::int64_t block, T* bot
   }
 }
 
+template <class T>
+struct Pair {
+  std::int64_t row, col;
+  T weight;
+};
+
+// What one block of rows adds up for one embedding.
+template <class T>
+struct Sums {
+  std::vector<T> cols;        // [M] what multiplies the columns' own embedding
+  std::vector<Pair<T>> near;  // the pairs left out of the products
+};
+
+// Memory for one row at a time.
+template <class T>
+struct Scratch {
+  explicit Scratch(std::int64_t count) : diagonal(count), near_sem(count), near_unc(count) {}
+
+  std::vector<T> diagonal;
+  std::vector<std::int32_t> near_sem, near_unc;  // 1 for a pair left out of the products
+};
+
 template <Form form, class T>
-IDML_INLINE Weights<T> weights_of_pair(const Row<T>& row, std::int64_t j, T beta2, const T* scores,
-                                       Metric<T> metric) {
+IDML_INLINE Weights<T> weights_of_pair(const Row<T>& row, std::int64_t j, T alpha2, T beta2,
+                                       const T* scores, Metric<T> metric) {
   if constexpr (form == Form::distance)
     return distance_weights(scores[j], std::sqrt(beta2), metric);
-  return cosine_weights<form>(row.sem[j], beta2, row.versines[j], row.inverse, row.col_inverses[j],
+  return cosine_weights<form>(alpha2, beta2, row.versines[j], row.inverse, row.col_inverses[j],
                               metric);
 }
 
-template <Form form, class T>
-IDML_INLINE void weigh_row(const Row<T>& row, Metric<T> metric, const T* upstream, const T* scores,
-                           T* row_sem, T* row_unc, T* col_sem, T* col_unc) {
-  T diagonal = 0;
-  T sum = 0;
-#pragma omp simd reduction(+ : diagonal, sum)
-  for (std::int64_t j = 0; j < row.count; ++j) {
-    const T beta2 = row.unc ? row.unc[j] : T(0);
-    const Weights<T> w = weights_of_pair<form>(row, j, beta2, scores, metric);
-    const T g = upstream[j];
-    row.sem[j] = g * w.product;
-    diagonal += g * w.diagonal_row;
-    col_sem[j] += g * w.diagonal_col;
-    if (row.unc) {
-      row.unc[j] = g * w.sum;
-      sum += g * w.sum;
-      col_unc[j] += g * w.sum;
-    }
-  }
-  *row_sem += diagonal;
-  if (row.unc)
-    *row_unc += sum;
+template <class T>
+IDML_INLINE T sum(const T* terms, std::int64_t count) {
+  double total = 0;
+#pragma omp simd reduction(+ : total)
+  for (std::int64_t j = 0; j < count; ++j)
+    total += terms[j];
+  return static_cast<T>(total);
 }
 
+template <Form form, class T>
+IDML_INLINE void weigh_row(const Tile& tile, const Row<T>& row, Metric<T> metric, const T* upstream,
+                           const T* scores, const Gradient& sem_gradient,
+                           const Gradient& unc_gradient, Sums<T>& sem, Sums<T>& unc,
+                           Scratch<T>& scratch) {
+  const std::int64_t i = row.index;
+  const T sem_square = tile.sem.rows.squares.row<T>(0)[i];
+  const T* sem_squares = tile.sem.cols.squares.row<T>(0);
+  const T unc_square = row.unc ? tile.unc.rows.squares.row<T>(0)[i] : T(0);
+  const T* unc_squares = row.unc ? tile.unc.cols.squares.row<T>(0) : nullptr;
+  T* diagonal = scratch.diagonal.data();
+  std::int32_t* near_sem = scratch.near_sem.data();
+  std::int32_t* near_unc = scratch.near_unc.data();
+  T* col_sem = sem.cols.data();
+  T* col_unc = unc.cols.data();
+  int any_near = 0;
+#pragma omp simd reduction(| : any_near)
+  for (std::int64_t j = 0; j < row.count; ++j) {
+    const T beta2 = row.unc ? row.unc[j] : T(0);
+    const Weights<T> w = weights_of_pair<form>(row, j, row.sem[j], beta2, scores, metric);
+    // The weight of sem grows without bound only in the distance form; in the others it has the
+    // versine as a factor, which falls as fast as alpha^2.
+    const T nearness = near<T> * (sem_square + sem_squares[j]) * w.inverse_alpha * w.inverse_alpha;
+    near_sem[j] = form == Form::distance && nearness > T(1) ? 1 : 0;
+    const T of_sem = near_sem[j] ? T(0) : upstream[j];
+    row.sem[j] = of_sem * w.product;
+    diagonal[j] = of_sem * w.diagonal_row;
+    col_sem[j] += of_sem * w.diagonal_col;
+    any_near |= near_sem[j];
+    if (row.unc) {
+      near_unc[j] = beta2 < near<T> * (unc_square + unc_squares[j]) ? 1 : 0;
+      const T of_unc = near_unc[j] ? T(0) : upstream[j];
+      row.unc[j] = of_unc * w.sum;
+      col_unc[j] += of_unc * w.sum;
+      any_near |= near_unc[j];
+    }
+  }
+  sem_gradient.row_diagonal.row<T>(0)[i] += sum(diagonal, row.count);
+  if (row.unc)
+    unc_gradient.row_diagonal.row<T>(0)[i] += sum(row.unc, row.count);
+  for (std::int64_t j = 0; any_near && j < row.count; ++j) {
+    if (!near_sem[j] && !near_unc[j])
+      continue;
+    const T alpha2 = form == Form::distance ? T(0) : square_of_sum(tile.sem, i, j, T(-1));
+    const T beta2 = row.unc ? square_of_sum(tile.unc, i, j, T(1)) : T(0);
+    const Weights<T> w = weights_of_pair<form>(row, j, alpha2, beta2, scores, metric);
+    if (near_sem[j])
+      sem.near.push_back({i, j, upstream[j] * w.diagonal_row});
+    if (near_unc[j])
+      unc.near.push_back({i, j, upstream[j] * w.sum});
+  }
+}
+
+// rows[i] += weight * (x_i + sign * y_j) and cols[j] += sign * the same, for elements stored as S.
+// A thread takes some features of all pairs, in the pairs' order: no two write to one place.
+template <class S, class T>
+void add_near(const Gram& gram, const std::vector<Sums<T>>& blocks, T sign,
+              const Gradient& gradient, int threads) {
+  constexpr std::int64_t width = 64;
+  const Matrix& x = gram.rows.x;
+  const Matrix& y = gram.cols.x;
+  parallel((x.cols + width - 1) / width, threads, [&](std::int64_t part) IDML_INLINE_LAMBDA {
+    const std::int64_t begin = part * width;
+    const std::int64_t end = std::min(begin + width, x.cols);
+    for (const Sums<T>& sums : blocks) {
+      for (const Pair<T>& pair : sums.near) {
+        for (std::int64_t k = begin; k < end; ++k) {
+          const T a = x.row<S>(pair.row)[k * x.col_stride];
+          const T b = y.row<S>(pair.col)[k * y.col_stride];
+          const T term = pair.weight * (a + sign * b);
+          if (gradient.rows.data)
+            gradient.rows.row<T>(pair.row)[k] += term;
+          if (gradient.cols.data)
+            gradient.cols.row<T>(pair.col)[k] += sign * term;
+        }
+      }
+    }
+  });
+}
+
+// What the blocks have added up goes where it belongs, in their order, whichever thread had them.
 template <class T>
-void add(const T* terms, std::int64_t count, T* sums) {
-  for (std::int64_t j = 0; j < count; ++j)
-    sums[j] += terms[j];
+void add_blocks(const Gram& gram, const std::vector<Sums<T>>& blocks, T sign,
+                const Gradient& gradient, int threads) {
+  for (std::int64_t j = 0; gradient.col_diagonal.data && j < gram.values.cols; ++j) {
+    double total = 0;
+    for (const Sums<T>& sums : blocks)
+      total += sums.cols[j];
+    gradient.col_diagonal.row<T>(0)[j] += static_cast<T>(total);
+  }
+  const bool any = std::any_of(blocks.begin(), blocks.end(),
+                               [](const Sums<T>& sums) { return !sums.near.empty(); });
+  if (!any)
+    return;
+  if (gram.rows.x.itemsize == sizeof(BFloat16))
+    return add_near<BFloat16>(gram, blocks, sign, gradient, threads);
+  add_near<T>(gram, blocks, sign, gradient, threads);
 }
 
 }  // namespace
@@ -121,13 +221,12 @@ void pairwise_forward(const Tile& tile, Form form, Metric<T> metric, const Matri
 
 template <class T>
 void pairwise_backward(const Tile& tile, Form form, Metric<T> metric, const Upstream& upstream,
-                       const Diagonal& sem, const Diagonal& unc, int threads) {
+                       const Gradient& sem, const Gradient& unc, int threads) {
   const std::int64_t blocks = block_count(tile.sem.values.rows);
   const std::int64_t count = tile.sem.values.cols;
-  // A block adds up its own columns; the blocks are then added in their order, whichever thread had
-  // them.
-  std::vector<T> sem_cols(blocks * count);
-  std::vector<T> unc_cols(blocks * count);
+  const bool has_unc = tile.unc.values.data != 0;
+  std::vector<Sums<T>> sem_sums(blocks, {std::vector<T>(count), {}});
+  std::vector<Sums<T>> unc_sums(blocks, {std::vector<T>(has_unc ? count : 0), {}});
   with_form(form, [&](auto chosen) {
     constexpr Form the_form = decltype(chosen)::value;
     constexpr Squares squares = the_form == Form::distance ? Squares::without_alpha : Squares::all;
@@ -135,22 +234,19 @@ void pairwise_backward(const Tile& tile, Form form, Metric<T> metric, const Upst
       std::vector<T> both(upstream.mirror.data ? block_rows * count : 0);
       if (upstream.mirror.data)
         add_mirror(upstream, block, both.data());
+      Scratch<T> scratch(count);
       walk_block<the_form, squares, T>(tile, block, [&](const Row<T>& row) IDML_INLINE_LAMBDA {
         const T* gradient = upstream.mirror.data ? &both[(row.index - block * block_rows) * count]
                                                  : upstream.gradient.row<T>(row.index);
         const T* scores = the_form == Form::distance ? upstream.scores.row<T>(row.index) : nullptr;
-        weigh_row<the_form>(row, metric, gradient, scores, sem.rows.row<T>(0) + row.index,
-                            unc.rows.row<T>(0) + row.index, &sem_cols[block * count],
-                            &unc_cols[block * count]);
+        weigh_row<the_form>(tile, row, metric, gradient, scores, sem, unc, sem_sums[block],
+                            unc_sums[block], scratch);
       });
     });
   });
-  for (std::int64_t block = 0; block < blocks; ++block) {
-    if (sem.cols.data)
-      add(&sem_cols[block * count], count, sem.cols.row<T>(0));
-    if (unc.cols.data)
-      add(&unc_cols[block * count], count, unc.cols.row<T>(0));
-  }
+  add_blocks(tile.sem, sem_sums, T(-1), sem, threads);
+  if (has_unc)
+    add_blocks(tile.unc, unc_sums, T(1), unc, threads);
 }
 
 template void pairwise_forward<float>(const Tile&, Form, Metric<float>, const Matrix&,
@@ -158,8 +254,8 @@ template void pairwise_forward<float>(const Tile&, Form, Metric<float>, const Ma
 template void pairwise_forward<double>(const Tile&, Form, Metric<double>, const Matrix&,
                                        const Matrix&, int);
 template void pairwise_backward<float>(const Tile&, Form, Metric<float>, const Upstream&,
-                                       const Diagonal&, const Diagonal&, int);
+                                       const Gradient&, const Gradient&, int);
 template void pairwise_backward<double>(const Tile&, Form, Metric<double>, const Upstream&,
-                                        const Diagonal&, const Diagonal&, int);
+                                        const Gradient&, const Gradient&, int);
 
 }  // namespace idml::cpu

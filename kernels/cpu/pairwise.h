@@ -22,18 +22,21 @@ struct Upstream {
   Matrix scores;  // what the forward returned; read by the distance form only
 };
 
-// What multiplies an item's own embedding in its gradient, added up over the tiles: [1, N] for the
-// rows and [1, M] for the columns, which may be absent.
-struct Diagonal {
+// Where a backward adds up, for one embedding of the rows and one of the columns, besides the
+// products: [1, N] and [1, M] what multiplies an item's own embedding, [N, D] and [M, D] the
+// gradient of the pairs that are left out of the products. What is not wanted is absent.
+struct Gradient {
+  Matrix row_diagonal, col_diagonal;
   Matrix rows, cols;
 };
 
-// Replaces the tile's products by weights, so that grad sem += sem.values @ sem2, grad unc +=
-// unc.values @ unc2, and with the transposes for the columns; adds to the diagonals in an order
-// that does not depend on the number of threads. The distance form gets alpha from the scores: for
-// it, sem.values come without a product.
+// Replaces the tile's values by weights, so that grad sem += sem.values @ sem2,
+// grad unc += unc.values @ unc2, and with the transposes for the columns. A near-duplicate's weight
+// can be so large that this sum would cancel: it is 0, and the pair is added apart, from its
+// difference. All sums are taken in an order that does not depend on the number of threads.
+// The distance form gets alpha from the scores: for it, tile.sem comes without products.
 template <class T>
 void pairwise_backward(const Tile& tile, Form form, Metric<T> metric, const Upstream& upstream,
-                       const Diagonal& sem, const Diagonal& unc, int threads);
+                       const Gradient& sem, const Gradient& unc, int threads);
 
 }  // namespace idml::cpu

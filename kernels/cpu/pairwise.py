@@ -74,10 +74,12 @@ def backward(
             mirror = readable(upstream[tile.cols, tile.rows], walk.dtype)
         if scores is not None:
             forwarded = readable(scores[tile.rows, tile.cols], walk.dtype)
-        diagonals = [
-            _C.Diagonal(
+        gradients = [
+            _C.Gradient(
                 vector(row.diagonal[tile.rows]),
                 vector(col.diagonal[tile.cols] if for_cols else None),
+                matrix(row.items(tile.rows)),
+                matrix(col.items(tile.cols) if for_cols else None),
             )
             for row, col in zip(rows, cols, strict=True)
         ]
@@ -88,7 +90,7 @@ def backward(
             gamma,
             _C.Upstream(matrix(incoming), matrix(mirror), matrix(forwarded)),
             threads(),
-            *diagonals,
+            *gradients,
         )
         for k, (row, col) in enumerate(zip(rows, cols, strict=True)):
             weights = tile.values[k].to(tile.row_panels[k].dtype)
@@ -118,11 +120,15 @@ class Gradient:
         # What multiplies the items themselves, [n].
         self.diagonal = torch.zeros(len(x), dtype=embedding.epilogue_dtype)
 
+    def items(self, part: slice) -> Tensor | None:  # [n, D]
+        """The gradient of some items so far; None if it is not wanted."""
+        return None if self.total is None else self.total[part]
+
     def add(self, part: slice, weights: Tensor, others: Tensor) -> None:
-        """Adds ``weights [n, m] @ others [m, D]`` to some items, if the gradient is wanted."""
-        if self.total is None:
+        """Adds ``weights [n, m] @ others [m, D]`` to some items."""
+        total = self.items(part)
+        if total is None:
             return
-        total = self.total[part]
         if weights.dtype == total.dtype:
             total.addmm_(weights, others)
         else:

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "matrix.h"
@@ -119,21 +120,22 @@ IDML_INLINE T square_of_sum(const Gram& gram, std::int64_t i, std::int64_t j, T 
   return square_of_stored<T>(x, i, gram.cols.x, j, sign);
 }
 
-// values[j] = ||x_i + sign * y_j||^2 for one row of a Gram product stored as S. NaN stays NaN.
+// values[j] = ||x_i + sign * y_j||^2 for one row of a product stored as S. NaN stays NaN.
 template <class S, class T>
 IDML_INLINE void squares_of_stored(const Gram& gram, std::int64_t i, T sign) {
   const std::int64_t count = gram.values.cols;
   const S* products = gram.products.row<S>(i);
   T* values = gram.values.row<T>(i);
   const T row_square = gram.rows.squares.row<T>(0)[i];
+  const T row_norm = std::sqrt(row_square);
   const T* col_squares = gram.cols.squares.row<T>(0);
-  const T of_norms = gram.holds_squares() ? T(0) : T(1);
-  const T of_product = gram.holds_squares() ? T(1) : T(2) * sign;
   int cancelled = 0;
 #pragma omp simd reduction(| : cancelled)
   for (std::int64_t j = 0; j < count; ++j) {
     const T scale = row_square + col_squares[j];
-    const T square = of_norms * scale + of_product * T(products[j]);
+    const T difference = row_norm - std::sqrt(col_squares[j]);
+    const T square = std::is_same_v<S, BFloat16> ? T(products[j]) + difference * difference
+                                                 : scale + T(2) * sign * T(products[j]);
     cancelled |= square < near<T> * scale ? 1 : 0;
     values[j] = square < T(0) ? T(0) : square;
   }
@@ -147,38 +149,49 @@ IDML_INLINE void squares_of_stored(const Gram& gram, std::int64_t i, T sign) {
 
 template <class T>
 IDML_INLINE void squares_of_row(const Gram& gram, std::int64_t i, T sign) {
-  if (gram.holds_squares())
+  if (gram.products.itemsize == sizeof(BFloat16))
     return squares_of_stored<BFloat16>(gram, i, sign);
   squares_of_stored<T>(gram, i, sign);
 }
 
-// 1 - cos of one row, as long as the products are there. A zero vector has cosine 0.
-template <class T>
-IDML_INLINE void versines_from_products(const Gram& sem, std::int64_t i, T inverse,
-                                        const T* col_inverses, T* versines) {
-  if (sem.holds_squares())
-    return;
-  const T* products = sem.products.row<T>(i);
-  for (std::int64_t j = 0; j < sem.values.cols; ++j)
-    versines[j] = T(1) - products[j] * inverse * col_inverses[j];
+// versines[j] = 1 - cos of one row of products stored as S, as long as they are there. A zero
+// vector has cosine 0.
+template <class S, class T>
+IDML_INLINE void versines_of_stored(const Gram& sem, std::int64_t i, T inverse,
+                                    const T* col_inverses, T* versines) {
+  const S* products = sem.products.row<S>(i);
+  for (std::int64_t j = 0; j < sem.values.cols; ++j) {
+    const T inverses = inverse * col_inverses[j];
+    const T halved = inverses == T(0) ? T(1) : T(products[j]) * inverses / T(2);
+    const T versine = std::is_same_v<S, BFloat16> ? halved : T(1) - T(products[j]) * inverses;
+    versines[j] = versine < T(0) ? T(0) : versine;
+  }
 }
 
-// 1 - cos = (||x - y||^2 - (||x|| - ||y||)^2) / (2 ||x|| ||y||), for the pairs whose product has
-// cancelled or was never there. Identical vectors get exactly 0, even two zero vectors.
+// The same of the pairs that have cancelled, once their squares are there:
+// 1 - cos = (||x - y||^2 - (||x|| - ||y||)^2) / (2 ||x|| ||y||). Identical vectors get exactly 0,
+// even two zero vectors.
 template <class T>
-IDML_INLINE void versines_from_squares(const Gram& sem, std::int64_t i, T inverse,
-                                       const T* col_inverses, T* versines) {
+IDML_INLINE void versines_of_near(const Gram& sem, std::int64_t i, T inverse, const T* col_inverses,
+                                  T* versines) {
   const T* alpha2 = sem.values.row<T>(i);
   const T square = sem.rows.squares.row<T>(0)[i];
   const T* col_squares = sem.cols.squares.row<T>(0);
   for (std::int64_t j = 0; j < sem.values.cols; ++j) {
-    const T inverses = inverse * col_inverses[j];
     const T difference = square * inverse - col_squares[j] * col_inverses[j];
-    const T versine = (alpha2[j] - difference * difference) * inverses / T(2);
-    const T defined = inverses == T(0) ? T(1) : versine;
-    const bool better = sem.holds_squares() || alpha2[j] < near<T> * (square + col_squares[j]);
-    versines[j] = alpha2[j] == T(0) ? T(0) : better ? defined : versines[j];
+    const T versine = (alpha2[j] - difference * difference) * inverse * col_inverses[j] / T(2);
+    const bool cancelled = alpha2[j] < near<T> * (square + col_squares[j]);
+    const T better = cancelled ? (versine < T(0) ? T(0) : versine) : versines[j];
+    versines[j] = alpha2[j] == T(0) ? T(0) : better;
   }
+}
+
+template <class T>
+IDML_INLINE void versines_of_row(const Gram& sem, std::int64_t i, T inverse, const T* col_inverses,
+                                 T* versines) {
+  if (sem.products.itemsize == sizeof(BFloat16))
+    return versines_of_stored<BFloat16>(sem, i, inverse, col_inverses, versines);
+  versines_of_stored<T>(sem, i, inverse, col_inverses, versines);
 }
 
 // 1 / ||x||, 0 for a zero vector.
@@ -226,11 +239,11 @@ IDML_INLINE void walk_block(const Tile& tile, std::int64_t block, const Epilogue
   for (std::int64_t i = block * block_rows; i < end; ++i) {
     const T inverse = cosine ? inverse_norm(sem.rows.squares.row<T>(0)[i]) : T(0);
     if constexpr (cosine)
-      versines_from_products(sem, i, inverse, col_inverses.data(), versines.data());
+      versines_of_row(sem, i, inverse, col_inverses.data(), versines.data());
     if constexpr (squares == Squares::all)
       squares_of_row(sem, i, T(-1));
     if constexpr (cosine)
-      versines_from_squares(sem, i, inverse, col_inverses.data(), versines.data());
+      versines_of_near(sem, i, inverse, col_inverses.data(), versines.data());
     T* beta2 = nullptr;
     if (tile.unc.values.data) {
       squares_of_row(tile.unc, i, T(1));

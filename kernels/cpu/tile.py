@@ -59,20 +59,21 @@ class Embedding:
     def factors(self, panel: Tensor, part: slice, sign: int, *, left: bool) -> Tensor:
         """A panel as the product takes it, [n, D] or wider.
 
-        bfloat16 is multiplied as ``[x, |x|^2, 1] . [2 sign y, 1, |y|^2]``, the squares as sums of
-        three bfloat16: so the square ``|x + sign y|^2`` cancels within the float32 accumulator, and
-        only what remains is rounded to bfloat16.
+        A product in bfloat16 is ``2 (|x||y| + sign x.y)``, the norms as sums of three bfloat16 in
+        six more columns: so it cancels within the float32 accumulator, and only what remains is
+        rounded to bfloat16. ``x.y`` itself, rounded first, would lose it.
         """
         if not self.native_bf16:
             return panel
-        rest, thirds = self.squares[part, None], []
+        rest, thirds = self.squares[part, None].sqrt(), []
         for _ in range(3):
             thirds.append(rest.to(panel.dtype))
             rest = rest - thirds[-1]
-        ones = [torch.ones_like(third) for third in thirds]
+        high, middle, low = thirds
         if left:
-            return torch.cat([panel, *thirds, *ones], dim=1)
-        return torch.cat([2 * sign * panel, *ones, *thirds], dim=1)
+            return torch.cat([panel, high, high, middle, high, low, middle], dim=1)
+        norms = torch.cat([high, middle, high, low, high, middle], dim=1)
+        return torch.cat([2 * sign * panel, 2 * norms], dim=1)
 
 
 class Gram:
@@ -92,19 +93,27 @@ class Gram:
         shape = rows.stop - rows.start, cols.stop - cols.start
         return self.buffer[: math.prod(shape)].view(shape)
 
-    def multiply(
-        self, rows: slice, cols: slice, left: Tensor, row_panel: Tensor, col_panel: Tensor
-    ) -> _C.Gram:
-        """The product of a tile; ``left`` are the factors of its rows."""
-        values = self.values(rows, cols)
-        products = self.product_buffer[: values.numel()].view(values.shape)
+    def multiply(self, left: Tensor, col_panel: Tensor, rows: slice, cols: slice) -> Tensor:
+        """The product of a tile, [n, m]; ``left`` are the factors of its rows."""
+        shape = self.values(rows, cols).shape
+        products = self.product_buffer[: shape.numel()].view(shape)
         right = self.y.factors(col_panel, cols, self.sign, left=False)
-        torch.mm(left, right.T, out=products)
+        return torch.mm(left, right.T, out=products)
+
+    def native(
+        self,
+        row_panel: Tensor,
+        col_panel: Tensor,
+        rows: slice,
+        cols: slice,
+        products: Tensor | None,
+    ) -> _C.Gram:
+        """A tile's product as the kernels take it."""
         return _C.Gram(
             _C.Panel(matrix(row_panel), vector(self.x.squares[rows])),
             _C.Panel(matrix(col_panel), vector(self.y.squares[cols])),
             matrix(products),
-            matrix(values),
+            matrix(self.values(rows, cols)),
         )
 
 
@@ -138,24 +147,21 @@ class Walk:
         self.dtype = self.grams[0].x.epilogue_dtype
 
     def __iter__(self) -> Iterator[Tile]:
-        grams = self.grams
-        multiplied = range(0 if self.multiply_sem else 1, len(grams))
+        multiplied = [self.multiply_sem] + [True] * (len(self.grams) - 1)
         for rows in parts(self.shape[0], self.tile_shape[0]):
-            row_panels = [gram.x.panel(rows) for gram in grams]
-            lefts = {
-                k: grams[k].x.factors(row_panels[k], rows, grams[k].sign, left=True)
-                for k in multiplied
-            }
+            row_panels = [gram.x.panel(rows) for gram in self.grams]
+            lefts = [
+                gram.x.factors(panel, rows, gram.sign, left=True) if wanted else None
+                for gram, panel, wanted in zip(self.grams, row_panels, multiplied, strict=True)
+            ]
             first = rows.start if self.symmetric else 0
             for cols in parts(self.shape[1], self.tile_shape[1], first):
-                values = [gram.values(rows, cols) for gram in grams]
-                col_panels = [gram.y.panel(cols) for gram in grams]
-                native = [
-                    grams[k].multiply(rows, cols, lefts[k], row_panels[k], col_panels[k])
-                    for k in multiplied
-                ]
-                if not self.multiply_sem:
-                    native.insert(0, _C.Gram(matrix(values[0])))
+                col_panels = [gram.y.panel(cols) for gram in self.grams]
+                native = []
+                for gram, left, x, y in zip(self.grams, lefts, row_panels, col_panels, strict=True):
+                    products = None if left is None else gram.multiply(left, y, rows, cols)
+                    native.append(gram.native(x, y, rows, cols, products))
+                values = [gram.values(rows, cols) for gram in self.grams]
                 yield Tile(rows, cols, _C.Tile(*native), values, row_panels, col_panels)
 
 
