@@ -124,18 +124,20 @@ IDML_INLINE void weigh_row(const Tile& tile, const Row<T>& row, Metric<T> metric
     // The weight of sem grows without bound only in the distance form; in the others it has the
     // versine as a factor, which falls as fast as alpha^2.
     const T nearness = near<T> * (sem_square + sem_squares[j]) * w.inverse_alpha * w.inverse_alpha;
-    near_sem[j] = form == Form::distance && nearness > T(1) ? 1 : 0;
-    const T of_sem = near_sem[j] ? T(0) : upstream[j];
+    const bool is_near = form == Form::distance && nearness > T(1);
+    const T of_sem = is_near ? T(0) : upstream[j];
     row.sem[j] = of_sem * w.product;
     diagonal[j] = of_sem * w.diagonal_row;
     col_sem[j] += of_sem * w.diagonal_col;
-    any_near |= near_sem[j];
+    near_sem[j] = is_near;
+    any_near |= is_near;
     if (row.unc) {
-      near_unc[j] = beta2 < near<T> * (unc_square + unc_squares[j]) ? 1 : 0;
-      const T of_unc = near_unc[j] ? T(0) : upstream[j];
+      const bool is_opposite = beta2 < near<T> * (unc_square + unc_squares[j]);
+      const T of_unc = is_opposite ? T(0) : upstream[j];
       row.unc[j] = of_unc * w.sum;
       col_unc[j] += of_unc * w.sum;
-      any_near |= near_unc[j];
+      near_unc[j] = is_opposite;
+      any_near |= is_opposite;
     }
   }
   sem_gradient.row_diagonal.row<T>(0)[i] += sum(diagonal, row.count);
