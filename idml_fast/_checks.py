@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,19 @@ if TYPE_CHECKING:
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def number(name: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
-    """``value`` is a real number that ``holds``."""
+def number(
+    name: str, value: Any, wanted: str, holds: Callable[[Any], bool], kind: str = "a number"
+) -> None:
+    """``value`` is a real number that ``holds``; ``kind`` says what else it might have been."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+        raise TypeError(f"{name} must be {kind}, got {_kind(value)}")
     if not holds(value):
         raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def finite(name: str, value: Any, kind: str = "a number") -> None:
+    """``value`` is a finite real number; ``kind`` as for `number`."""
+    number(name, value, "finite", math.isfinite, kind)
 
 
 def integer(name: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
@@ -44,20 +52,36 @@ def pairs(
     unc2: Tensor | None,  # [M, Du]
     metric: Metric,
 ) -> None:
-    """The embeddings of rows and columns fit together and suit the metric."""
-    instance("metric", metric, _metric(), "an idml_fast.Metric")
-    _tensor("sem", sem)
-    if unc is None and metric.reads_unc:
-        raise TypeError("unc must be a tensor because metric.tau is finite, got None")
-    sides = {"sem": sem, "unc": unc, "sem2": sem2, "unc2": unc2}
-    given = {name: x for name, x in sides.items() if x is not None}
-    for name, x in given.items():
-        _tensor(name, x)
+    """The embeddings are given together, fit together and suit the metric."""
     if sem2 is None and unc2 is not None:
         raise TypeError("sem2 must be given together with unc2, got None")
     if sem2 is not None and (unc2 is None) != (unc is None):
         missing, other = ("unc2", "unc") if unc2 is None else ("unc", "unc2")
         raise TypeError(f"{missing} must be given together with {other}, got None")
+    embeddings(sem, unc, sem2, unc2, metric)
+
+
+def embeddings(
+    sem: Tensor,  # [N, Ds]
+    unc: Tensor | None,  # [N, Du]
+    sem2: Tensor | None,  # [M, Ds]
+    unc2: Tensor | None,  # [M, Du]
+    metric: Metric,
+    columns: tuple[str, str, str] = ("sem2", "unc2", "M"),
+) -> None:
+    """The embeddings that are given fit together and suit the metric.
+
+    ``columns`` is what the caller's arguments call ``sem2``, ``unc2`` and M.
+    """
+    instance("metric", metric, _metric(), "an idml_fast.Metric")
+    tensor("sem", sem)
+    if unc is None and metric.reads_unc:
+        raise TypeError("unc must be a tensor because metric.tau is finite, got None")
+    sem2_name, unc2_name, m = columns
+    sides = {"sem": sem, "unc": unc, sem2_name: sem2, unc2_name: unc2}
+    given = {name: x for name, x in sides.items() if x is not None}
+    for name, x in given.items():
+        tensor(name, x)
     for name, x in given.items():
         if x.dim() != 2:
             raise ValueError(f"{name} must have shape [items, width], got {_shape(x)}")
@@ -66,30 +90,25 @@ def pairs(
     if unc is not None:
         _shape_like("unc", unc, "sem", sem, [sem.shape[0], "Du"])
     if sem2 is not None:
-        _shape_like("sem2", sem2, "sem", sem, ["M", sem.shape[1]])
+        _shape_like(sem2_name, sem2, "sem", sem, [m, sem.shape[1]])
     if sem2 is not None and unc2 is not None and unc is not None:
-        _shape_like("unc2", unc2, "sem2 and unc", sem2, [sem2.shape[0], unc.shape[1]])
+        wanted = [sem2.shape[0], unc.shape[1]]
+        _shape_like(unc2_name, unc2, f"{sem2_name} and unc", sem2, wanted)
     if sem.dtype not in FLOATS:
         raise TypeError(f"sem must be {_names(FLOATS)}, got {_name(sem.dtype)}")
     for name, x in given.items():
         if x.dtype != sem.dtype:
             raise TypeError(f"{name} must be {_name(sem.dtype)} like sem, got {_name(x.dtype)}")
-        if x.device != sem.device:
-            raise ValueError(f"{name} must be on {sem.device} like sem, got {x.device}")
+        _device_like(name, x, sem, "sem")
 
 
 def labels(name: str, value: Tensor, items: Tensor, items_name: str) -> None:
     """``value`` holds one integer label for each row of ``items``."""
-    _tensor(name, value)
-    if value.dim() != 1 or value.shape[0] != items.shape[0]:
-        raise ValueError(
-            f"{name} must have shape [{items.shape[0]}] like {items_name} {_shape(items)}, "
-            f"got {_shape(value)}"
-        )
+    tensor(name, value)
+    _one_each(name, value, items, items_name)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be of an integer dtype, got {_name(value.dtype)}")
-    if value.device != items.device:
-        raise ValueError(f"{name} must be on {items.device} like {items_name}, got {value.device}")
+    _device_like(name, value, items, items_name)
 
 
 def labels_below(name: str, value: Tensor, count: int) -> None:
@@ -115,14 +134,11 @@ def column_labels(labels2: Any, sem2: Tensor | None) -> None:
 
 def vector(name: str, value: Tensor, items: Tensor, items_name: str) -> None:
     """``value`` holds one number for each row of ``items``."""
-    _tensor(name, value)
-    if value.dim() != 1 or value.shape[0] != items.shape[0]:
-        raise ValueError(
-            f"{name} must have shape [{items.shape[0]}] like {items_name} {_shape(items)}, "
-            f"got {_shape(value)}"
-        )
-    if value.device != items.device:
-        raise ValueError(f"{name} must be on {items.device} like {items_name}, got {value.device}")
+    tensor(name, value)
+    _one_each(name, value, items, items_name)
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be of a real dtype, got {_name(value.dtype)}")
+    _device_like(name, value, items, items_name)
 
 
 def index(value: Any, rows: int, cols: int) -> None:
@@ -130,7 +146,7 @@ def index(value: Any, rows: int, cols: int) -> None:
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"index must be a pair (rows, cols) of tensors, got {_kind(value)}")
     for name, positions, count in zip(("rows", "cols"), value, (rows, cols), strict=True):
-        _tensor(f"index {name}", positions)
+        tensor(f"index {name}", positions)
         if positions.shape != value[0].shape or positions.dim() != 1:
             raise ValueError(
                 f"index {name} must have shape [T], the same for both, got {_shape(positions)}"
@@ -150,13 +166,16 @@ def same_length(sem: Tensor, sem2: Tensor | None) -> None:
         )
 
 
-def cosine_form(metric: Any, user: str) -> None:
-    """``metric`` is a similarity, which ``user`` needs."""
+def proxy_anchor(metric: Any, margin: Any, alpha: Any) -> None:
+    """The settings suit the Proxy-Anchor loss, whose scores are similarities."""
     instance("metric", metric, _metric(), "an idml_fast.Metric")
     if not metric.larger_is_closer:
         raise ValueError(
-            f"metric must be of form 'cosine' or 'official' for {user}, got {metric.form!r}"
+            "metric must be of form 'cosine' or 'official' for the Proxy-Anchor loss, "
+            f"got {metric.form!r}"
         )
+    finite("margin", margin)
+    number("alpha", alpha, "> 0 and finite", lambda alpha: 0 < alpha < math.inf)
 
 
 def instance(name: str, value: Any, kinds: Any, wanted: str) -> None:
@@ -165,15 +184,28 @@ def instance(name: str, value: Any, kinds: Any, wanted: str) -> None:
         raise TypeError(f"{name} must be {wanted}, got {_kind(value)}")
 
 
+def tensor(name: str, value: Any) -> None:
+    """``value`` is a tensor."""
+    instance(name, value, Tensor, "a torch.Tensor")
+
+
 def _metric() -> type[Metric]:
     from .metric import Metric  # metric.py itself needs these checks
 
     return Metric
 
 
-def _tensor(name: str, value: Any) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {_kind(value)}")
+def _one_each(name: str, value: Tensor, items: Tensor, items_name: str) -> None:
+    if value.dim() != 1 or value.shape[0] != items.shape[0]:
+        raise ValueError(
+            f"{name} must have shape [{items.shape[0]}] like {items_name} {_shape(items)}, "
+            f"got {_shape(value)}"
+        )
+
+
+def _device_like(name: str, x: Tensor, like: Tensor, like_name: str) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device} like {like_name}, got {x.device}")
 
 
 def _shape_like(name: str, x: Tensor, other: str, like: Tensor, wanted: list[int | str]) -> None:

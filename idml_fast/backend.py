@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,6 +19,14 @@ KERNELS: dict[str, tuple[str, ...]] = {
 }
 BACKENDS = (*KERNELS, "reference")
 OPERATIONS = ("pairwise", "rowstats", "paired", "nearest")
+
+# Why no native kernel can run; None if they can. Looked up once, without importing the module:
+# torch.compile traces `refusal`, and can trace neither a search nor a cached function.
+NATIVE_MISSING = (
+    "the native module idml_fast._C is not built; `pip install -e .` builds it"
+    if importlib.util.find_spec("idml_fast._C") is None
+    else None
+)
 
 
 def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
@@ -56,14 +63,7 @@ def refusal(backend: str, op: str, device: str) -> str | None:
         return "it has no kernel for this operation yet"
     if device != "cpu":
         return f"it serves tensors on the CPU, not on {device}"
-    return _native_missing()
-
-
-@cache
-def _native_missing() -> str | None:
-    if importlib.util.find_spec("idml_fast._C") is not None:
-        return None
-    return "the native module idml_fast._C is not built; `pip install -e .` builds it"
+    return NATIVE_MISSING
 
 
 def report() -> str:
@@ -109,9 +109,8 @@ def _gpu() -> str:
 
 
 def _native() -> str:
-    missing = _native_missing()
-    if missing is not None:
-        return f"missing: {missing}"
+    if NATIVE_MISSING is not None:
+        return f"missing: {NATIVE_MISSING}"
     from . import _C
 
     lowered = os.environ.get("IDML_FAST_CPU_ISA")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import _checks
 from .metric import Metric
+from .pairwise import autocast
 from .rowstats import rowstats
 from .stats import Count, LogSumExp
 
@@ -27,12 +26,17 @@ def proxy_anchor_loss(
 ) -> Tensor:  # []
     """The Proxy-Anchor loss, see `ProxyAnchorLoss`; ``proxies_unc=None`` stands for zeros."""
     metric = Metric.paper("cosine") if metric is None else metric
-    _checks.cosine_form(metric, "the Proxy-Anchor loss")
-    _checks.number("margin", margin, "finite", math.isfinite)
-    _checks.number("alpha", alpha, "> 0 and finite", lambda alpha: 0 < alpha < math.inf)
+    _checks.proxy_anchor(metric, margin, alpha)
+    _checks.tensor("proxies", proxies)
     if unc is None:
         proxies_unc = None
-    elif proxies_unc is None:
+    sem, unc, proxies, proxies_unc = autocast(sem, unc, proxies, proxies_unc)
+    _checks.embeddings(
+        sem, unc, proxies, proxies_unc, metric, columns=("proxies", "proxies_unc", "C")
+    )
+    _checks.labels("labels", labels, sem, "sem")
+    _checks.labels_below("labels", labels, len(proxies))
+    if unc is not None and proxies_unc is None:
         proxies_unc = unc.new_zeros(len(proxies), unc.shape[1])
     classes = torch.arange(len(proxies), device=proxies.device)
     found = rowstats(
@@ -49,9 +53,9 @@ def proxy_anchor_loss(
             "positives": Count(where="same"),
         },
     )
-    _checks.labels_below("labels", labels, len(proxies))
-    # log(1 + sum exp) is the softplus of the log-sum-exp, and 0 for a proxy without columns.
-    pull, push = F.softplus(found["pull"]), F.softplus(found["push"])
+    # log(1 + sum exp) is the softplus of the log-sum-exp, and 0 for a proxy without columns. Above
+    # its threshold PyTorch leaves out exp(-x), which at its own 20 is far more than float64 rounds.
+    pull, push = (F.softplus(found[name], threshold=40.0) for name in ("pull", "push"))
     with_positives = (found["positives"] > 0).sum().clamp_min(1)
     return pull.sum() / with_positives + push.sum() / len(proxies)
 
@@ -113,7 +117,7 @@ class ProxyAnchorLoss(nn.Module):
             _checks.integer(name, size, ">= 1", lambda size: size >= 1)
         _checks.one_of("proxy_unc", proxy_unc, ("zero", "learned"))
         self.metric = Metric.paper("cosine") if metric is None else metric
-        _checks.cosine_form(self.metric, "the Proxy-Anchor loss")
+        _checks.proxy_anchor(self.metric, margin, alpha)
         self.margin = margin
         self.alpha = alpha
         self.normalize_proxies = normalize_proxies

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import _checks, reference
 from .metric import Metric
-from .pairwise import pairwise
+from .pairwise import autocast, pairwise
 from .stats import CONDITIONS
 
 
@@ -62,7 +62,8 @@ def nearest(
             [0],
             [1]])
     """
-    scores = pairwise(sem, unc, sem2, unc2, metric=metric, backend=backend)
+    sem, unc, sem2, unc2 = autocast(sem, unc, sem2, unc2)
+    _checks.pairs(sem, unc, sem2, unc2, metric)
     _checks.integer("k", k, ">= 1", lambda k: k >= 1)
     _checks.one_of("where", where, CONDITIONS)
     if where != "any":
@@ -72,5 +73,6 @@ def nearest(
         raise ValueError("exclude_self must be False with sem2: its columns are other items")
     if above is not None:
         _checks.vector("above", above, sem, "sem")
+    scores = pairwise(sem, unc, sem2, unc2, metric=metric, backend=backend)
     largest = metric.larger_is_closer if largest is None else largest
     return reference.best_columns(scores, k, labels, labels2, where, largest, exclude_self, above)

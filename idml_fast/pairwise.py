@@ -77,6 +77,7 @@ def autocast(*embeddings: Tensor | None) -> Iterator[Tensor | None]:
             isinstance(x, Tensor)
             and x.is_floating_point()
             and x.dtype != torch.float64
+            and torch.amp.is_autocast_available(x.device.type)
             and torch.is_autocast_enabled(x.device.type)
         )
         yield x.to(torch.get_autocast_dtype(x.device.type)) if cast else x

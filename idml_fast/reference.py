@@ -48,13 +48,19 @@ def score(alpha2: Tensor, beta2: Tensor, versine: Tensor | None, metric: Metric)
     """The score of pairs with squared distances ``alpha2``, squared uncertainties ``beta2`` and
     ``versine = 1 - cos`` (which the distance form does not need); tensors of one shape."""
     alpha, beta = _root(alpha2), _root(beta2)
+    if versine is not None:
+        # Rounding may take the cosine of parallel items above 1. Only the value is clamped: the
+        # gradient of nearly parallel items is not zero. A NaN stays one.
+        versine = versine - versine.detach().clamp_max(0)
     base = alpha if versine is None else versine.masked_fill(alpha2 == 0, 0)
     if metric.reads_unc:
         squared = metric.form == "official"
         length = (alpha2 if squared else alpha).clamp_min(torch.finfo(alpha.dtype).tiny)
-        base = base * torch.exp(
-            -((beta2 if squared else beta) + metric.gamma) / (metric.tau * length)
-        )
+        uncertainty = beta2 if squared else beta
+        # exp(-inf) = 0 would hide an infinite embedding: inf - inf makes it NaN, x - x adds 0 to
+        # anything finite and nothing to the gradient.
+        uncertainty = uncertainty + (uncertainty - uncertainty)
+        base = base * torch.exp(-(uncertainty + metric.gamma) / (metric.tau * length))
     return base if versine is None else 1 - base
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import _checks, reference
 from .metric import Metric
-from .pairwise import pairwise
+from .pairwise import autocast, pairwise
 from .stats import Extremum, HingeSum, Statistic
 
 
@@ -58,13 +58,16 @@ def rowstats(
     >>> idml_fast.rowstats(sem, unc, labels=labels, stats={"positives": count})
     {'positives': tensor([1, 1, 0])}
     """
-    scores = pairwise(sem, unc, sem2, unc2, metric=metric, backend=backend)
+    sem, unc, sem2, unc2 = autocast(sem, unc, sem2, unc2)
+    _checks.pairs(sem, unc, sem2, unc2, metric)
     _checks.labels("labels", labels, sem, "sem")
     _checks.column_labels(labels2, sem2)
+    _checks.instance("stats", stats, Mapping, "a mapping of names to idml_fast.stats")
     for name, stat in stats.items():
         _checks.instance(f"stats[{name!r}]", stat, Statistic, "one of idml_fast.stats")
         if isinstance(stat, HingeSum) and isinstance(stat.threshold, Tensor):
             _checks.vector(f"stats[{name!r}].threshold", stat.threshold, sem, "sem")
+    scores = pairwise(sem, unc, sem2, unc2, metric=metric, backend=backend)
     if scores.dtype in (torch.bfloat16, torch.float16):
         scores = scores.float()
     return reference.reduce_rows(scores, labels, labels2, stats)

@@ -47,6 +47,11 @@ class LogSumExp(_Statistic):
     scale: float = 1.0
     shift: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.finite("scale", self.scale)
+        _checks.finite("shift", self.shift)
+
     def reduce(self, scores: Tensor, looked_at: Tensor) -> Tensor:
         scaled = self.scale * (self._raised(scores) - self.shift)
         # An empty row would be -inf minus -inf in logsumexp's derivative: give it zeros to add up.
@@ -81,6 +86,12 @@ class HingeSum(_Statistic):
     scale: float = 1.0
     threshold: float | Tensor = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _checks.finite("scale", self.scale)
+        if not isinstance(self.threshold, Tensor):
+            _checks.finite("threshold", self.threshold, "a number or a tensor")
+
     def _excess(self, scores: Tensor, looked_at: Tensor) -> Tensor:
         threshold = self.threshold
         if isinstance(threshold, Tensor):
@@ -114,6 +125,8 @@ class Histogram(_Statistic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _checks.finite("low", self.low)
+        _checks.finite("high", self.high)
         _checks.number("high", self.high, f"> low = {self.low}", lambda high: high > self.low)
         _checks.integer("bins", self.bins, ">= 1", lambda bins: bins >= 1)
 
@@ -148,7 +161,9 @@ class Max(_Statistic):
 
 def _extremum(x: Tensor, looked_at: Tensor, missing: float) -> Extremum:
     if x.shape[1] == 0:
-        return Extremum(x.new_full((len(x),), missing), looked_at.new_full((len(x),), -1).long())
+        # The sum of no columns is 0, and keeps the values in the graph.
+        none = torch.full((len(x),), -1, device=x.device)
+        return Extremum(x.sum(1) + missing, none)
     masked = x.masked_fill(~looked_at, missing)
     values = masked.amin(1) if missing > 0 else masked.amax(1)
     # argmin and argmax do not promise the first of several; the first True of a mask is.

@@ -76,7 +76,7 @@ def test_when_no_kernel_serves_each_reason_is_given_and_nothing_falls_back():
 
 def test_a_missing_native_module_is_a_reason(monkeypatch):
     reason = "the native module idml_fast._C is not built; `pip install -e .` builds it"
-    monkeypatch.setattr(backend, "_native_missing", lambda: reason)
+    monkeypatch.setattr(backend, "NATIVE_MISSING", reason)
     assert backend.refusal("cpu", "pairwise", "cpu") == reason
     with pytest.raises(RuntimeError, match=r"cpu: the native module idml_fast\._C is not"):
         pairwise(SEM, UNC)

@@ -316,6 +316,11 @@ MISTAKES = {
         ValueError,
         "stats['it'].threshold must be on cpu like sem, got meta",
     ),
+    "threshold complex": (
+        stats(stats={"it": HingeSum(where="any", threshold=torch.zeros(4).cfloat())}),
+        TypeError,
+        "stats['it'].threshold must be of a real dtype, got complex64",
+    ),
     "sem wrong, of rowstats": (
         stats(sem=SEM[0]),
         ValueError,
@@ -351,6 +356,21 @@ MISTAKES = {
         lambda: HingeSum(where="any", threshold="2"),
         TypeError,
         "threshold must be a number or a tensor, got str",
+    ),
+    "threshold infinite": (
+        lambda: HingeSum(where="any", threshold=math.inf),
+        ValueError,
+        "threshold must be finite, got inf",
+    ),
+    "scale of a hinge None": (
+        lambda: HingeSum(where="any", scale=None),
+        TypeError,
+        "scale must be a number, got None",
+    ),
+    "histogram without end": (
+        lambda: Histogram(where="any", low=0.0, high=math.inf, bins=4),
+        ValueError,
+        "high must be finite, got inf",
     ),
     "histogram upside down": (
         lambda: Histogram(where="any", low=1.0, high=0.0, bins=4),
@@ -479,6 +499,11 @@ MISTAKES = {
         ValueError,
         "above must be on cpu like sem, got meta",
     ),
+    "above of bools": (
+        best(above=LABELS.bool()),
+        TypeError,
+        "above must be of a real dtype, got bool",
+    ),
     # ------------------------------------------------------------------------------- losses
     "loss of a distance": (
         anchored(metric=Metric()),
@@ -540,6 +565,16 @@ MISTAKES = {
         anchored(proxies_unc=torch.ones(3, 2)),
         ValueError,
         "proxies_unc must have shape [3, 3] like proxies and unc [3, 8], got [3, 2]",
+    ),
+    "proxies a vector": (
+        anchored(proxies=PROXIES[0]),
+        ValueError,
+        "proxies must have shape [items, width], got [8]",
+    ),
+    "proxies on another device": (
+        anchored(proxies=PROXIES.to(META)),
+        ValueError,
+        "proxies must be on cpu like sem, got meta",
     ),
     "proxies of another dtype": (
         anchored(proxies=PROXIES.double()),

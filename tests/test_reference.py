@@ -244,6 +244,25 @@ def test_rowstats_of_nothing(n, m, backend):
     assert found["histogram"].shape == (n, 6)
 
 
+def test_extrema_of_no_columns_can_be_differentiated():
+    inputs = {k: x.requires_grad_() for k, x in draw(3, 0, 5, 3).items()}
+    labels = {"labels": torch.zeros(3).long(), "labels2": torch.zeros(0).long()}
+    found = rowstats(**inputs, **labels, stats={"it": Min(where="any")})["it"]
+    assert found.columns.dtype == torch.int64
+    (gradient,) = torch.autograd.grad(found.values.sum(), inputs["sem"])
+    assert torch.equal(gradient, torch.zeros(3, 5, dtype=torch.float64))
+
+
+def test_statistics_under_autocast_are_float32():
+    inputs, labels = problem(9, dtype=torch.float32)
+    inputs["unc"] = inputs["unc"].bfloat16()  # what a layer under autocast may give
+    with torch.autocast("cpu", torch.bfloat16):
+        found = rowstats(**inputs, **labels, stats={"it": Sum(where="any")})["it"]
+        values, _ = nearest(**inputs, k=1)
+    assert found.dtype == torch.float32
+    assert values.dtype == torch.bfloat16
+
+
 def test_a_soft_histogram_counts_every_score_in_its_range_once():
     inputs, labels = problem(9)
     stats = {"h": Histogram(where="any", low=0.0, high=100.0, bins=7)}
@@ -420,3 +439,46 @@ def test_the_reference_pair_by_pair(form):
         cos = torch.cosine_similarity(s, t, dim=0).item()
         expected = alpha * decay if form == "distance" else 1 - (1 - cos) * decay
         assert scores[i, j].item() == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_an_infinite_embedding_is_not_masked(name, form):
+    """exp(-inf) would make the score of an infinitely uncertain item a plain 0 or 1."""
+    inputs = draw(4, 4, 5, 3)
+    inputs[name][2, 1] = math.inf
+    touched = torch.zeros(4, 4, dtype=torch.bool)
+    if name.endswith("2"):
+        touched[:, 2] = True
+    else:
+        touched[2] = True
+    metric = Metric(form=form)
+    scores = reference.pairwise(**inputs, metric=metric)
+    assert torch.equal(~scores.isfinite(), touched)
+    listed = reference.paired(**inputs, metric=metric)
+    assert torch.equal(~listed.isfinite(), touched.diagonal())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("metric", [Metric.plain("cosine"), Metric.paper("cosine")], ids=str)
+def test_no_cosine_of_parallel_items_exceeds_one(metric, dtype):
+    sem, unc, _, unc2 = draw(256, 256, 7, 3, dtype=dtype).values()
+    inputs = {"sem": sem, "unc": unc, "sem2": 2.5 * sem, "unc2": unc2}
+    assert reference.pairwise(**inputs, metric=metric).max() <= 1
+    assert reference.paired(**inputs, metric=metric).max() <= 1
+
+
+def test_gradients_of_nearly_parallel_items():
+    """1 - cos is beneath the rounding of a cosine here, its gradient is not."""
+    sem, _, noise, _ = draw(256, 256, 7, 3, dtype=torch.float32).values()
+    sem = torch.nn.functional.normalize(sem)
+    sem2 = 2.5 * sem + 1e-4 * noise
+
+    def gradient(sem):
+        sem.requires_grad_()
+        scores = reference.paired(sem, None, sem2.to(sem.dtype), metric=Metric.plain("cosine"))
+        return torch.autograd.grad(scores.sum(), sem)[0]
+
+    exact = gradient(sem.double())
+    assert exact.norm(dim=1).min() > 1e-5
+    torch.testing.assert_close(gradient(sem).double(), exact, rtol=0, atol=1e-6)
