@@ -77,6 +77,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_bf16", &idml::cpu::has_bf16);
   m.def("has_threads", &idml::cpu::has_threads);
 
+  m.def("advise_huge_pages", &idml::cpu::advise_huge_pages);
   m.def(
       "squared_norms",
       [](const Matrix& x, const Matrix& out, int threads) {

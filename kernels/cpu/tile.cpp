@@ -1,5 +1,9 @@
 #include "tile.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <string>
 
@@ -57,6 +61,19 @@ bool has_threads() {
   return true;
 #else
   return false;
+#endif
+}
+
+void advise_huge_pages(const Matrix& matrix) {
+#if defined(__linux__)
+  constexpr std::uintptr_t page = std::uintptr_t(1) << 21;
+  const std::uintptr_t begin = (matrix.data + page - 1) / page * page;
+  const std::uintptr_t end =
+      (matrix.data + matrix.rows * matrix.cols * matrix.itemsize) / page * page;
+  if (begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)matrix;
 #endif
 }
 

@@ -63,6 +63,11 @@ void parallel(std::int64_t count, int threads, const Body& body) {
     run(chosen, body, i);
 }
 
+// Asks for large pages under memory that is about to be written for the first time: a result of N x
+// M costs a page fault every 4 KiB otherwise, which takes longer than the scores themselves. Only a
+// hint; nothing happens where there are none.
+void advise_huge_pages(const Matrix& matrix);
+
 // out[i] = ||x_i||^2, accumulated in double.
 template <class T>
 void squared_norms(const Matrix& x, const Matrix& out, int threads);
