@@ -7,7 +7,7 @@ from torch import Tensor
 
 from idml_fast import _C
 
-from .tile import TILE, Embedding, Walk, empty, matrix, parts, threads, vector
+from .tile import TILE, Embedding, Walk, matrix, parts, threads, vector
 
 
 def forward(
@@ -21,7 +21,8 @@ def forward(
 ) -> Tensor:  # [N, M]
     """The scores, tile by tile; rows against themselves fill both triangles from the upper one."""
     walk = Walk(sem, unc, sem2, unc2)
-    scores = empty(walk.shape, sem.dtype)
+    scores = sem.new_empty(walk.shape)
+    _C.advise_huge_pages(matrix(scores))
     # The kernel writes where the scores belong or, if their dtype is not its own, into a buffer.
     direct = scores.dtype == walk.dtype
     buffer = torch.empty_like(walk.grams[0].buffer[: 0 if direct else None])
@@ -116,7 +117,7 @@ class Gradient:
         self.embedding = embedding
         self.total = None  # [n, D]
         if wanted:
-            self.total = empty(x.shape, embedding.epilogue_dtype).zero_()
+            self.total = torch.zeros(x.shape, dtype=embedding.epilogue_dtype)
         # What multiplies the items themselves, [n].
         self.diagonal = torch.zeros(len(x), dtype=embedding.epilogue_dtype)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from idml_fast import _C
 
-# Rows and columns of a tile. 2^19 float32 pairs are 2 MiB: the two buffers and the panels they come
+# Rows and columns of a tile. 2^20 float32 pairs are 4 MiB: the two buffers and the panels they come
 # from stay in the last cache, and the products are large enough for the BLAS to reach its speed.
-TILE = 1024, 512
+TILE = 1024, 1024
 SELF_TILE = 512, 512
 
 
@@ -163,13 +163,6 @@ class Walk:
                     native.append(gram.native(x, y, rows, cols, products))
                 values = [gram.values(rows, cols) for gram in self.grams]
                 yield Tile(rows, cols, _C.Tile(*native), values, row_panels, col_panels)
-
-
-def empty(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Memory for a result, in large pages where the system has them."""
-    x = torch.empty(shape, dtype=dtype)
-    _C.advise_huge_pages(matrix(x))
-    return x
 
 
 def parts(count: int, size: int, first: int = 0) -> Iterator[slice]:
