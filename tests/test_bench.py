@@ -76,7 +76,7 @@ def test_memory_counts_what_is_dropped_but_not_results(race):
 
 
 def test_a_run_ends_with_the_table_and_leaves_a_record(tmp_path):
-    chosen = f"{BENCH / 'bench_pairwise.py'}::test_pairwise[two sets-forward-fp32]"
+    chosen = f"{BENCH / 'bench_pairwise.py'}::test_pairwise[fp32-forward-two sets]"
     options = ["--benchmark-only", "--rows=64", "--rounds=2", "--check", f"--record={tmp_path}"]
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", chosen, *options, "-p", "no:cacheprovider"],

@@ -139,6 +139,6 @@ class Gradient:
     def finish(self) -> Tensor:  # [n, D]
         """The gradient in the embedding's dtype."""
         for part in parts(len(self.total), TILE[0]):
-            items = self.embedding.panel(part).to(self.total.dtype)
+            items = self.embedding.x[part].to(self.total.dtype)
             self.total[part].addcmul_(self.diagonal[part, None], items)
         return self.total.to(self.embedding.x.dtype)

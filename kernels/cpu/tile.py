@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -42,19 +41,20 @@ class Embedding:
         self.epilogue_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.native_bf16 = x.dtype == torch.bfloat16 and _C.has_bf16()
         self.product_dtype = x.dtype if self.native_bf16 else self.epilogue_dtype
-
-    @cached_property
-    def squares(self) -> Tensor:  # [n]
-        """The squared norms, in the epilogue's dtype."""
-        squares = torch.empty(len(self.x), dtype=self.epilogue_dtype)
-        for part in parts(len(self.x), TILE[0]):
-            panel = self.panel(part)
-            _C.squared_norms(matrix(panel), vector(squares[part]), threads())
-        return squares
+        self.squares = torch.empty(len(x), dtype=self.epilogue_dtype)  # [n], squared norms
+        self.measured: set[int] = set()  # where the parts begin whose norms are there
 
     def panel(self, part: slice) -> Tensor:
-        """Some items in the products' dtype: a view, unless they have to be widened."""
-        return self.x[part].to(self.product_dtype)
+        """Some items in the products' dtype: a view, unless they have to be widened.
+
+        Their norms are taken when a part is first asked for: the product that follows then finds it
+        in the cache. Every part must always be cut alike.
+        """
+        panel = self.x[part].to(self.product_dtype)
+        if part.start not in self.measured:
+            _C.squared_norms(matrix(panel), vector(self.squares[part]), threads())
+            self.measured.add(part.start)
+        return panel
 
     def factors(self, panel: Tensor, part: slice, sign: int, *, left: bool) -> Tensor:
         """A panel as the product takes it, [n, D] or wider.
