@@ -187,11 +187,15 @@ void add_near(const Gram& gram, const std::vector<Sums<T>>& blocks, T sign,
 template <class T>
 void add_blocks(const Gram& gram, const std::vector<Sums<T>>& blocks, T sign,
                 const Gradient& gradient, int threads) {
-  for (std::int64_t j = 0; gradient.col_diagonal.data && j < gram.values.cols; ++j) {
-    double total = 0;
+  if (gradient.col_diagonal.data) {
+    const std::int64_t count = gram.values.cols;
+    std::vector<double> totals(count);
     for (const Sums<T>& sums : blocks)
-      total += sums.cols[j];
-    gradient.col_diagonal.row<T>(0)[j] += static_cast<T>(total);
+      for (std::int64_t j = 0; j < count; ++j)
+        totals[j] += sums.cols[j];
+    T* diagonal = gradient.col_diagonal.row<T>(0);
+    for (std::int64_t j = 0; j < count; ++j)
+      diagonal[j] += static_cast<T>(totals[j]);
   }
   const bool any = std::any_of(blocks.begin(), blocks.end(),
                                [](const Sums<T>& sums) { return !sums.near.empty(); });
