@@ -44,7 +44,7 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot serve {op} here: {reason}")
         return backend
-    reasons = {name: refusal(name, op, tensor.device.type) for name in KERNELS}
+    reasons = refusals(op, tensor.device.type)
     for name, reason in reasons.items():
         if reason is None:
             return name
@@ -53,6 +53,11 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
         f"no kernel can serve {op} on {tensor.device.type} here ({told}); "
         "backend='reference' runs it in eager PyTorch"
     )
+
+
+def refusals(op: str, device: str) -> dict[str, str | None]:
+    """`refusal` of every backend that has kernels, by name, in order of preference."""
+    return {name: refusal(name, op, device) for name in KERNELS}
 
 
 def refusal(backend: str, op: str, device: str) -> str | None:

@@ -18,12 +18,12 @@ pytest.importorskip("accelerate", reason="the extra idml_fast[train] is not inst
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from idml_fast import Metric, losses
+from idml_fast import Metric, backend, losses
 from idml_fast.train import Config, TwoHeaded, load, load_config, run
 from idml_fast.train.config import LossConfig, ModelConfig, OptimConfig, RunConfig
 from idml_fast.train.data import load_data
 from idml_fast.train.folder import FILES, open_folder, to_json, write_text, written_whole
-from idml_fast.train.loop import train
+from idml_fast.train.loop import stays_on_cpu, train
 from idml_fast.train.model import save
 from idml_fast.train.optim import adamw
 
@@ -63,6 +63,26 @@ def finished(tmp_path_factory):
     """A finished run, and its results."""
     config = tiny(tmp_path_factory.mktemp("runs"))
     return config, run(config)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "serves", "asked", "stays"),
+    [
+        (None, False, False, False),  # accelerate then takes the CPU by itself
+        ("cuda", False, False, True),
+        ("cuda", False, True, True),
+        ("cuda", True, False, False),
+        ("cuda", True, True, True),
+    ],
+)
+def test_stays_on_the_cpu_where_no_kernel_serves_the_gpu(
+    monkeypatch, capsys, gpu, serves, asked, stays
+):
+    device = None if gpu is None else torch.device(gpu)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: device)
+    monkeypatch.setattr(backend, "refusals", lambda *_: {"triton": None if serves else "no"})
+    assert stays_on_cpu(Config(run=RunConfig(cpu=asked))) == stays
+    assert ("no kernel serves cuda" in capsys.readouterr().out) == (stays and not asked)
 
 
 def test_a_run_writes_its_files_and_nothing_else(finished):

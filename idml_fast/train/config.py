@@ -97,7 +97,8 @@ class RunConfig:
         overwrite: replace a run of another configuration that is already there.
         seed: of the weights, the order of the images and k-means; the same for both metrics.
         mixed_precision: precision of the network; the loss is always computed in float32.
-        cpu: stay on the CPU where there is a GPU.
+        cpu: stay on the CPU where there is a GPU; it is said and done without asking as long as no
+            kernel of idml_fast serves that GPU.
         threads: of PyTorch on the CPU; the digits are too small to share out, and threads that wait
             for each other are slow on a busy machine. null leaves PyTorch its choice.
     """

@@ -12,6 +12,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+from .. import backend
 from ..losses import ProxyAnchorLoss
 from ..metric import Metric
 from .config import Config
@@ -48,7 +49,7 @@ def run(config: Config) -> dict[str, dict[str, float | None]]:
 
 def _run(config: Config) -> dict[str, dict[str, float | None]]:
     start = time.perf_counter()
-    accelerator = Accelerator(mixed_precision=config.run.mixed_precision, cpu=config.run.cpu)
+    accelerator = Accelerator(mixed_precision=config.run.mixed_precision, cpu=stays_on_cpu(config))
     data = load_data(config.data)
     if accelerator.is_main_process:
         open_folder(config)
@@ -75,6 +76,17 @@ def _run(config: Config) -> dict[str, dict[str, float | None]]:
         write_report(config.folder / "report.html", config, data, outcomes, seconds)
         print(f"\n{text_table(results)}\n\n{config.folder / 'report.html'}")
     return results
+
+
+def stays_on_cpu(config: Config) -> bool:
+    """Whether to train on the CPU: the configuration says so, or no kernel serves the GPU."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if config.run.cpu or device is None:
+        return config.run.cpu
+    if None in backend.refusals("pairwise", device.type).values():
+        return False
+    print(f"idml-fast: no kernel serves {device.type} here (see idml-fast doctor): using the CPU")
+    return True
 
 
 def train(
