@@ -1,7 +1,8 @@
 """The four operations in eager PyTorch: the definition that the kernels are compared with.
 
-Any floating dtype, any device, differentiable as often as wanted; memory grows with N x M.
-Letters, edges and sources are those of `idml_fast.Metric`.
+Any floating dtype, any device, differentiable as often as wanted, also in a `Metric`'s tensors;
+memory grows with N x M. ``"zero"`` stands for uncertainties that are all zeros. Letters, edges and
+sources are those of `idml_fast.Metric`.
 """
 
 from __future__ import annotations
@@ -22,20 +23,18 @@ NEAR = 2.0**-8
 
 def pairwise(
     sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
+    unc: Tensor | str | None,  # [N, Du] or "zero"
     sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
+    unc2: Tensor | str | None = None,  # [M, Du] or "zero"
     *,
     metric: Metric,
 ) -> Tensor:  # [N, M]
     """See `idml_fast.pairwise`."""
     sem2, unc2 = (sem, unc) if sem2 is None else (sem2, unc2)
+    unc, unc2 = _uncertainties(unc, unc2, len(sem), len(sem2), metric)
     dots = sem @ sem2.T
     alpha2 = _squares(sem, sem2, -1, dots)
-    if unc is None or unc2 is None or not metric.reads_unc:
-        beta2 = torch.zeros_like(alpha2)
-    else:
-        beta2 = _squares(unc, unc2, 1, unc @ unc2.T)
+    beta2 = torch.zeros_like(alpha2) if unc is None else _squares(unc, unc2, 1, unc @ unc2.T)
     if metric.form == "distance":
         versine = None
     else:
@@ -52,23 +51,30 @@ def score(alpha2: Tensor, beta2: Tensor, versine: Tensor | None, metric: Metric)
         # Rounding may take the cosine of parallel items above 1. Only the value is clamped: the
         # gradient of nearly parallel items is not zero. A NaN stays one.
         versine = versine - versine.detach().clamp_max(0)
-    base = alpha if versine is None else versine.masked_fill(alpha2 == 0, 0)
+    identical = alpha2 == 0
+    base = alpha if versine is None else versine.masked_fill(identical, 0)
     if metric.reads_unc:
         squared = metric.form == "official"
-        length = (alpha2 if squared else alpha).clamp_min(torch.finfo(alpha.dtype).tiny)
+        length = metric.tau * (alpha2 if squared else alpha)
         uncertainty = beta2 if squared else beta
         # exp(-inf) = 0 would hide an infinite embedding: inf - inf makes it NaN, x - x adds 0 to
         # anything finite and nothing to the gradient.
-        uncertainty = uncertainty + (uncertainty - uncertainty)
-        base = base * torch.exp(-(uncertainty + metric.gamma) / (metric.tau * length))
+        uncertainty = uncertainty + (uncertainty - uncertainty) + metric.gamma
+        # Where exp(-r) rounds to 0, r itself is left out: its derivatives overflow, and a product
+        # of 0 and infinity is NaN.
+        finfo = torch.finfo(alpha.dtype)
+        vanishing = math.log(2 / finfo.eps) - math.log(finfo.tiny)
+        vanished = identical | (uncertainty >= vanishing * length)
+        decay = torch.exp(-uncertainty / length.masked_fill(vanished, 1))
+        base = base.masked_fill(vanished, 0) * decay
     return base if versine is None else 1 - base
 
 
 def rowstats(
     sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
+    unc: Tensor | str | None,  # [N, Du] or "zero"
     sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
+    unc2: Tensor | str | None = None,  # [M, Du] or "zero"
     *,
     labels: Tensor,  # [N]
     labels2: Tensor | None = None,  # [M]
@@ -96,24 +102,22 @@ def reduce_rows(
 
 def paired(
     sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
+    unc: Tensor | str | None,  # [N, Du] or "zero"
     sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
+    unc2: Tensor | str | None = None,  # [M, Du] or "zero"
     *,
     index: tuple[Tensor, Tensor] | None = None,  # [T], [T]
     metric: Metric,
 ) -> Tensor:  # [T]
     """See `idml_fast.paired`."""
     sem2, unc2 = (sem, unc) if sem2 is None else (sem2, unc2)
+    unc, unc2 = _uncertainties(unc, unc2, len(sem), len(sem2), metric)
     if index is not None:
         rows, cols = index
         sem, sem2 = sem[rows], sem2[cols]
-        unc, unc2 = (None, None) if unc is None or unc2 is None else (unc[rows], unc2[cols])
+        unc, unc2 = (None, None) if unc is None else (unc[rows], unc2[cols])
     alpha2 = (sem - sem2).square().sum(1)
-    if unc is None or unc2 is None or not metric.reads_unc:
-        beta2 = torch.zeros_like(alpha2)
-    else:
-        beta2 = (unc + unc2).square().sum(1)
+    beta2 = torch.zeros_like(alpha2) if unc is None else (unc + unc2).square().sum(1)
     versine = None
     if metric.form != "distance":
         versine = 1 - (sem * sem2).sum(1) * _inverse_norms(sem) * _inverse_norms(sem2)
@@ -122,9 +126,9 @@ def paired(
 
 def nearest(
     sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
+    unc: Tensor | str | None,  # [N, Du] or "zero"
     sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
+    unc2: Tensor | str | None = None,  # [M, Du] or "zero"
     *,
     k: int,
     metric: Metric,
@@ -188,6 +192,24 @@ def columns_looked_at(
     if exclude_self:
         looked_at = looked_at & ~torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
     return looked_at
+
+
+def _uncertainties(
+    unc: Tensor | str | None,  # [N, Du] or "zero"
+    unc2: Tensor | str | None,  # [M, Du] or "zero"
+    rows: int,
+    cols: int,
+    metric: Metric,
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Both sides' uncertainties with the zeros spelt out; None where beta is 0 or not read."""
+    given = [x for x in (unc, unc2) if isinstance(x, Tensor)]
+    if not given or not metric.reads_unc:
+        return None, None
+    width = given[0].shape[1]
+    return (
+        unc if isinstance(unc, Tensor) else given[0].new_zeros(rows, width),
+        unc2 if isinstance(unc2, Tensor) else given[0].new_zeros(cols, width),
+    )
 
 
 def _squares(x: Tensor, y: Tensor, sign: int, dots: Tensor) -> Tensor:

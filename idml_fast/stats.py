@@ -2,8 +2,9 @@
 
 Each names the columns it looks at by their labels: ``where="same"`` as the row's, ``"different"``,
 or ``"any"``. When the rows are compared against themselves, a row never looks at its own column.
-``x`` is the score, raised to ``power`` first. `reduce` is the definition, in eager PyTorch, on a
-matrix of scores ``[N, M]`` and the mask of the columns to look at.
+``x`` is the score, raised to ``power`` first. ``above`` and ``below``, numbers or one number per
+row ``[N]``, narrow it to the columns with ``above < x < below``: a window, which gets no gradient
+and never hides a NaN. `reduce` is the definition, in eager PyTorch, on a matrix of scores.
 """
 
 from __future__ import annotations
@@ -31,13 +32,42 @@ class Extremum(NamedTuple):
 class _Statistic:
     where: str
     power: float = 1.0
+    above: float | Tensor | None = None
+    below: float | Tensor | None = None
 
     def __post_init__(self) -> None:
         _checks.one_of("where", self.where, CONDITIONS)
         _checks.number("power", self.power, "> 0 and finite", lambda power: 0 < power < math.inf)
+        for name, bound in (("above", self.above), ("below", self.below)):
+            if bound is not None and not isinstance(bound, Tensor):
+                kind = "a number, a tensor or None"
+                _checks.number(name, bound, "not NaN", lambda bound: bound == bound, kind)
 
-    def _raised(self, scores: Tensor) -> Tensor:
-        return scores if self.power == 1 else scores**self.power
+    def reduce(
+        self,
+        scores: Tensor,  # [N, M]
+        meets: Tensor,  # [N, M], bool: the columns that meet the condition on the labels
+    ) -> Tensor | Extremum:
+        """The statistic of each row."""
+        x = self._raised(scores, meets)
+        looked_at = meets
+        if self.above is not None:
+            looked_at = looked_at & ~(x <= _by_row(self.above, x))
+        if self.below is not None:
+            looked_at = looked_at & ~(x >= _by_row(self.below, x))
+        return self._of(x, looked_at)
+
+    def _raised(self, scores: Tensor, meets: Tensor) -> Tensor:
+        if self.power == 1:
+            return scores
+        # An infinite derivative (a root at 0) or a NaN (a root of a negative score) would stay NaN
+        # when it is multiplied by the 0 of an identical pair or of a column not looked at.
+        learns = meets if self.power > 1 else meets & (scores != 0)
+        return torch.where(learns, scores, scores.detach()) ** self.power
+
+    def _of(self, x: Tensor, looked_at: Tensor) -> Tensor | Extremum:
+        """The statistic of each row of ``x``, over the columns looked at; both ``[N, M]``."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +82,8 @@ class LogSumExp(_Statistic):
         _checks.finite("scale", self.scale)
         _checks.finite("shift", self.shift)
 
-    def reduce(self, scores: Tensor, looked_at: Tensor) -> Tensor:
-        scaled = self.scale * (self._raised(scores) - self.shift)
+    def _of(self, x: Tensor, looked_at: Tensor) -> Tensor:
+        scaled = self.scale * (x - self.shift)
         # An empty row would be -inf minus -inf in logsumexp's derivative: give it zeros to add up.
         empty = ~looked_at.any(1, keepdim=True)
         total = scaled.masked_fill(~looked_at & ~empty, -math.inf).logsumexp(1)
@@ -64,15 +94,15 @@ class LogSumExp(_Statistic):
 class Sum(_Statistic):
     """``sum_j x_j``, ``[N]``."""
 
-    def reduce(self, scores: Tensor, looked_at: Tensor) -> Tensor:
-        return self._raised(scores).masked_fill(~looked_at, 0).sum(1)
+    def _of(self, x: Tensor, looked_at: Tensor) -> Tensor:
+        return x.masked_fill(~looked_at, 0).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Count(_Statistic):
     """The number of columns looked at, ``[N]``, int64."""
 
-    def reduce(self, scores: Tensor, looked_at: Tensor) -> Tensor:
+    def _of(self, x: Tensor, looked_at: Tensor) -> Tensor:
         return looked_at.sum(1)
 
 
@@ -92,23 +122,20 @@ class HingeSum(_Statistic):
         if not isinstance(self.threshold, Tensor):
             _checks.finite("threshold", self.threshold, "a number or a tensor")
 
-    def _excess(self, scores: Tensor, looked_at: Tensor) -> Tensor:
-        threshold = self.threshold
-        if isinstance(threshold, Tensor):
-            threshold = threshold[:, None]
-        excess = self.scale * (self._raised(scores) - threshold)
+    def _excess(self, x: Tensor, looked_at: Tensor) -> Tensor:
+        excess = self.scale * (x - _by_row(self.threshold, x))
         return excess.masked_fill(~looked_at, 0).relu()
 
-    def reduce(self, scores: Tensor, looked_at: Tensor) -> Tensor:
-        return self._excess(scores, looked_at).sum(1)
+    def _of(self, x: Tensor, looked_at: Tensor) -> Tensor:
+        return self._excess(x, looked_at).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HingeCount(HingeSum):
     """How many terms of `HingeSum` are positive, ``[N]``, int64."""
 
-    def reduce(self, scores: Tensor, looked_at: Tensor) -> Tensor:
-        return (self._excess(scores, looked_at) > 0).sum(1)
+    def _of(self, x: Tensor, looked_at: Tensor) -> Tensor:
+        return (self._excess(x, looked_at) > 0).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +157,8 @@ class Histogram(_Statistic):
         _checks.number("high", self.high, f"> low = {self.low}", lambda high: high > self.low)
         _checks.integer("bins", self.bins, ">= 1", lambda bins: bins >= 1)
 
-    def reduce(self, scores: Tensor, looked_at: Tensor) -> Tensor:
+    def _of(self, x: Tensor, looked_at: Tensor) -> Tensor:
         width = (self.high - self.low) / self.bins
-        x = self._raised(scores)
         counts = [
             (1 - (x - (self.low + b * width)).abs() / width)
             .relu()
@@ -145,18 +171,29 @@ class Histogram(_Statistic):
 
 @dataclass(frozen=True, kw_only=True)
 class Min(_Statistic):
-    """The smallest ``x_j`` and its column, an `Extremum`; the smaller column wins a tie."""
+    """The smallest ``x_j`` and its column, an `Extremum`; the smaller column wins a tie.
 
-    def reduce(self, scores: Tensor, looked_at: Tensor) -> Extremum:
-        return _extremum(self._raised(scores), looked_at, math.inf)
+    The first NaN among the columns looked at wins over all.
+    """
+
+    def _of(self, x: Tensor, looked_at: Tensor) -> Extremum:
+        return _extremum(x, looked_at, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Max(_Statistic):
-    """The largest ``x_j`` and its column, an `Extremum`; the smaller column wins a tie."""
+    """The largest ``x_j`` and its column, an `Extremum`; the smaller column wins a tie.
 
-    def reduce(self, scores: Tensor, looked_at: Tensor) -> Extremum:
-        return _extremum(self._raised(scores), looked_at, -math.inf)
+    The first NaN among the columns looked at wins over all.
+    """
+
+    def _of(self, x: Tensor, looked_at: Tensor) -> Extremum:
+        return _extremum(x, looked_at, -math.inf)
+
+
+def _by_row(value: float | Tensor, x: Tensor) -> float | Tensor:
+    """A number, or one per row ``[N]``, as it is set against ``x`` ``[N, M]``."""
+    return value[:, None].to(x.dtype) if isinstance(value, Tensor) else value
 
 
 def _extremum(x: Tensor, looked_at: Tensor, missing: float) -> Extremum:
@@ -164,10 +201,11 @@ def _extremum(x: Tensor, looked_at: Tensor, missing: float) -> Extremum:
         # The sum of no columns is 0, and keeps the values in the graph.
         none = torch.full((len(x),), -1, device=x.device)
         return Extremum(x.sum(1) + missing, none)
-    masked = x.masked_fill(~looked_at, missing)
-    values = masked.amin(1) if missing > 0 else masked.amax(1)
-    # argmin and argmax do not promise the first of several; the first True of a mask is.
-    columns = (looked_at & (masked == values[:, None])).int().argmax(1)
+    masked = x.detach().masked_fill(~looked_at, missing)
+    best = masked.amin(1) if missing > 0 else masked.amax(1)  # NaN if there is one
+    # argmin and argmax do not promise the first of several. Of integers argmax does.
+    wins = (masked == best[:, None]) | masked.isnan()
+    columns = (looked_at & wins).int().argmax(1)
     columns = columns.masked_fill(~looked_at.any(1), -1)
     values = x.gather(1, columns.clamp_min(0)[:, None])[:, 0].masked_fill(columns < 0, missing)
     return Extremum(values, columns)
