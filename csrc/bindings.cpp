@@ -11,14 +11,15 @@
 #include "tile.h"
 
 namespace py = pybind11;
+using idml::AnyMetric;
 using idml::Form;
 using idml::Gram;
 using idml::Matrix;
-using idml::Metric;
 using idml::Panel;
 using idml::Tile;
 using idml::cpu::Gradient;
-using idml::cpu::Upstream;
+using idml::cpu::Gradients;
+using idml::cpu::PairwiseUpstream;
 
 namespace {
 
@@ -29,11 +30,6 @@ void with_dtype(const Matrix& matrix, const Call& call) {
     call(double());
   else
     call(float());
-}
-
-template <class T>
-Metric<T> metric_of(double tau, double gamma) {
-  return {static_cast<T>(1.0 / tau), static_cast<T>(gamma)};
 }
 
 Form form_of(const std::string& name) {
@@ -65,13 +61,15 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Panel>(m, "Panel").def(py::init<Matrix, Matrix>());
   py::class_<Gram>(m, "Gram").def(py::init<Panel, Panel, Matrix, Matrix>());
   py::class_<Tile>(m, "Tile").def(py::init<Gram>()).def(py::init<Gram, Gram>());
-  py::class_<Gradient>(m, "Gradient").def(py::init<Matrix, Matrix, Matrix, Matrix>());
-  py::class_<Upstream>(m, "Upstream").def(py::init<Matrix, Matrix, Matrix>());
-  py::enum_<Form>(m, "Form")
-      .value("distance", Form::distance)
-      .value("cosine", Form::cosine)
-      .value("official", Form::official)
-      .def(py::init(&form_of));
+  py::class_<AnyMetric>(m, "Metric")
+      .def(py::init([](const std::string& form, double tau, double gamma) {
+        return AnyMetric{form_of(form), tau, gamma};
+      }));
+  py::class_<Gradient>(m, "Gradient")
+      .def(py::init<>())
+      .def(py::init<Matrix, Matrix, Matrix, Matrix, bool, bool>());
+  py::class_<Gradients>(m, "Gradients").def(py::init<Gradient, Gradient, Matrix>());
+  py::class_<PairwiseUpstream>(m, "PairwiseUpstream").def(py::init<Matrix, Matrix, Matrix>());
 
   m.def("isa", &isa_name);
   m.def("has_bf16", &idml::cpu::has_bf16);
@@ -87,26 +85,20 @@ PYBIND11_MODULE(_C, m) {
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "pairwise_forward",
-      [](const Tile& tile, Form form, double tau, double gamma, const Matrix& scores,
-         const Matrix& mirror, int threads) {
+      [](const Tile& tile, const AnyMetric& metric, const Matrix& scores, const Matrix& mirror,
+         int threads) {
         with_dtype(scores, [&](auto zero) {
-          using T = decltype(zero);
-          idml::cpu::pairwise_forward<T>(tile, form, metric_of<T>(tau, gamma), scores, mirror,
-                                         threads);
+          idml::cpu::pairwise_forward<decltype(zero)>(tile, metric, scores, mirror, threads);
         });
       },
       py::call_guard<py::gil_scoped_release>());
   m.def(
       "pairwise_backward",
-      [](const Tile& tile, Form form, double tau, double gamma, const Upstream& upstream,
-         int threads, const Gradient& sem, const Gradient& unc) {
+      [](const Tile& tile, const AnyMetric& metric, const PairwiseUpstream& upstream,
+         const Gradients& gradients, int threads) {
         with_dtype(upstream.gradient, [&](auto zero) {
-          using T = decltype(zero);
-          idml::cpu::pairwise_backward<T>(tile, form, metric_of<T>(tau, gamma), upstream, sem, unc,
-                                          threads);
+          idml::cpu::pairwise_backward<decltype(zero)>(tile, metric, upstream, gradients, threads);
         });
       },
-      py::arg("tile"), py::arg("form"), py::arg("tau"), py::arg("gamma"), py::arg("upstream"),
-      py::arg("threads"), py::arg("sem"), py::arg("unc") = Gradient(),
       py::call_guard<py::gil_scoped_release>());
 }

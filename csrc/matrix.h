@@ -22,7 +22,7 @@ struct Matrix {
 
 // Some consecutive items of one side of the tile.
 struct Panel {
-  Matrix x;        // [n, D]
+  Matrix x;        // [n, D], absent if they are all zero
   Matrix squares;  // [1, n] squared norms
 };
 
@@ -31,7 +31,7 @@ struct Panel {
 struct Gram {
   Panel rows;       // N items
   Panel cols;       // M items
-  Matrix products;  // [N, M], absent where they are not needed
+  Matrix products;  // [N, M], absent where they are not needed or one side is zero
   Matrix values;    // [N, M], where an epilogue's results go; may be the products' own memory
 };
 

@@ -42,15 +42,32 @@ struct Metric {
   T gamma;
 };
 
+// A metric as it comes from outside, of no form or type in particular yet.
+struct AnyMetric {
+  Form form;
+  double tau;
+  double gamma;
+
+  template <class T>
+  Metric<T> as() const {
+    return {static_cast<T>(1.0 / tau), static_cast<T>(gamma)};
+  }
+};
+
 // What a pair's gradients are made of, for an upstream gradient of one:
-//   grad s_i += diagonal_row * s_i + product * s_j     grad s_j += diagonal_col * s_j + product *
-//   s_i grad u_i += sum * (u_i + u_j)                      grad u_j += sum * (u_i + u_j)
+//
+//   grad s_i += diagonal_row * s_i + product * s_j     grad u_i += sum * (u_i + u_j)
+//   grad s_j += diagonal_col * s_j + product * s_i     grad u_j += sum * (u_i + u_j)
+//   grad gamma += of_gamma                             grad tau -= of_gamma * (b + gamma) / tau
+//
+// with b = beta, or beta^2 in the official form.
 template <class T>
 struct Weights {
   T product;
   T diagonal_row;
   T diagonal_col;
   T sum;
+  T of_gamma;
   T inverse_alpha;  // 0 for identical items
 };
 
@@ -187,33 +204,45 @@ IDML_INLINE Weights<T> distance_weights(T distance, T beta, Metric<T> metric) {
   const bool certain = !(r > std::numeric_limits<T>::min());
   const T quotient = (certain ? T(1) : r) / (certain ? distance : c);
   const T inverse_alpha = distance == T(0) ? T(0) : quotient;
-  const T inverse_beta = beta == T(0) ? T(0) : T(1) / beta;
   const T decay = distance * inverse_alpha;  // exp(-r)
   const T a = distance == T(0) ? T(0) : decay * (T(1) + r) * inverse_alpha;
-  return {-a, a, a, -decay * metric.inverse_tau * inverse_beta, inverse_alpha};
+  const T of_gamma = -decay * metric.inverse_tau;
+  const T b = beta == T(0) ? T(0) : of_gamma / beta;
+  return {-a, a, a, b, of_gamma, inverse_alpha};
 }
 
-// The same for the cosine forms, from alpha and beta. `inverse_row` and `inverse_col` are 1/||s_i||
-// and 1/||s_j||, zero for a zero vector.
+// The same from alpha and beta, in any form. `versine`, `inverse_row` and `inverse_col` (1/||s_i||
+// and 1/||s_j||, zero for a zero vector) are read by the cosine forms only.
 template <Form form, class T>
-IDML_INLINE Weights<T> cosine_weights(T alpha2, T beta2, T versine, T inverse_row, T inverse_col,
-                                      Metric<T> metric) {
+IDML_INLINE Weights<T> weights(T alpha2, T beta2, T versine, T inverse_row, T inverse_col,
+                               Metric<T> metric) {
   const T alpha = std::sqrt(alpha2);
   const T beta = std::sqrt(beta2);
   const T r = exponent<form>(alpha2, alpha, beta2, beta, metric);
   // Identical items exchange no gradient; an unguarded 1/0 must not turn that into NaN.
   const T decay = alpha2 == T(0) ? T(0) : exp_negative(r);
   const T inverse_alpha = alpha2 == T(0) ? T(0) : T(1) / alpha;
-  const T inverse_beta = beta2 == T(0) ? T(0) : T(1) / beta;
+  if constexpr (form == Form::distance) {
+    const T a = decay * (T(1) + r) * inverse_alpha;
+    const T of_gamma = -decay * metric.inverse_tau;
+    const T b = beta2 == T(0) ? T(0) : of_gamma / beta;
+    return {-a, a, a, b, of_gamma, inverse_alpha};
+  }
   const T pull = versine * decay;
   const T power = form == Form::official ? T(2) : T(1);
   const T a = -power * pull * r * inverse_alpha * inverse_alpha;
-  const T of_beta = form == Form::official ? T(2) * inverse_alpha : inverse_beta;
-  const T b = beta2 == T(0) ? T(0) : pull * metric.inverse_tau * inverse_alpha * of_beta;
+  const T inverse_length = form == Form::official ? inverse_alpha * inverse_alpha : inverse_alpha;
+  const T of_gamma = pull * metric.inverse_tau * inverse_length;
+  const T inverse_beta = form == Form::official ? T(2) : T(1) / beta;
+  const T b = beta2 == T(0) ? T(0) : of_gamma * inverse_beta;
   // The part of dC/dcos that only changes a vector's length.
   const T along = decay * (T(1) - versine);
-  return {decay * inverse_row * inverse_col - a, a - along * inverse_row * inverse_row,
-          a - along * inverse_col * inverse_col, b, inverse_alpha};
+  return {decay * inverse_row * inverse_col - a,
+          a - along * inverse_row * inverse_row,
+          a - along * inverse_col * inverse_col,
+          b,
+          of_gamma,
+          inverse_alpha};
 }
 
 }  // namespace idml

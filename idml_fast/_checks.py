@@ -13,6 +13,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .metric import Metric
 
+# What stands for the uncertainty embeddings of items that are certain.
+ZERO = "zero"
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -24,6 +27,24 @@ def number(
         raise TypeError(f"{name} must be {kind}, got {_kind(value)}")
     if not holds(value):
         raise ValueError(f"{name} must be {wanted}, got {value}")
+
+
+def parameter(name: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
+    """``value`` is a real number or a tensor of one, and ``holds``.
+
+    Looking into a tensor costs a synchronisation on a GPU and breaks a compiled graph, so only CPU
+    tensors outside of ``torch.compile`` are looked at.
+    """
+    kind = "a number or a tensor without dimensions"
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be {kind}, got shape {_shape(value)}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be of a floating dtype, got {_name(value.dtype)}")
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        value = value.item()
+    number(name, value, wanted, holds, kind)
 
 
 def finite(name: str, value: Any, kind: str = "a number") -> None:
@@ -47,9 +68,9 @@ def one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 def pairs(
     sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
+    unc: Tensor | str | None,  # [N, Du] or "zero"
     sem2: Tensor | None,  # [M, Ds]
-    unc2: Tensor | None,  # [M, Du]
+    unc2: Tensor | str | None,  # [M, Du] or "zero"
     metric: Metric,
 ) -> None:
     """The embeddings are given together, fit together and suit the metric."""
@@ -63,9 +84,9 @@ def pairs(
 
 def embeddings(
     sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
+    unc: Tensor | str | None,  # [N, Du] or "zero"
     sem2: Tensor | None,  # [M, Ds]
-    unc2: Tensor | None,  # [M, Du]
+    unc2: Tensor | str | None,  # [M, Du] or "zero"
     metric: Metric,
     columns: tuple[str, str, str] = ("sem2", "unc2", "M"),
 ) -> None:
@@ -78,6 +99,11 @@ def embeddings(
     if unc is None and metric.reads_unc:
         raise TypeError("unc must be a tensor because metric.tau is finite, got None")
     sem2_name, unc2_name, m = columns
+    uncertainties = {"unc": unc, unc2_name: unc2}
+    for name, x in uncertainties.items():
+        if isinstance(x, str) and x != ZERO:
+            raise ValueError(f"{name} must be a torch.Tensor or {ZERO!r}, got {x!r}")
+    unc, unc2 = (None if isinstance(x, str) else x for x in uncertainties.values())
     sides = {"sem": sem, "unc": unc, sem2_name: sem2, unc2_name: unc2}
     given = {name: x for name, x in sides.items() if x is not None}
     for name, x in given.items():
@@ -91,15 +117,19 @@ def embeddings(
         _shape_like("unc", unc, "sem", sem, [sem.shape[0], "Du"])
     if sem2 is not None:
         _shape_like(sem2_name, sem2, "sem", sem, [m, sem.shape[1]])
-    if sem2 is not None and unc2 is not None and unc is not None:
-        wanted = [sem2.shape[0], unc.shape[1]]
-        _shape_like(unc2_name, unc2, f"{sem2_name} and unc", sem2, wanted)
+    if sem2 is not None and unc2 is not None:
+        wanted = [sem2.shape[0], "Du" if unc is None else unc.shape[1]]
+        like = sem2_name if unc is None else f"{sem2_name} and unc"
+        _shape_like(unc2_name, unc2, like, sem2, wanted)
     if sem.dtype not in FLOATS:
         raise TypeError(f"sem must be {_names(FLOATS)}, got {_name(sem.dtype)}")
     for name, x in given.items():
         if x.dtype != sem.dtype:
             raise TypeError(f"{name} must be {_name(sem.dtype)} like sem, got {_name(x.dtype)}")
         _device_like(name, x, sem, "sem")
+    for name, x in [("metric.tau", metric.tau), ("metric.gamma", metric.gamma)]:
+        if isinstance(x, Tensor):
+            _device_like(name, x, sem, "sem")
 
 
 def labels(name: str, value: Tensor, items: Tensor, items_name: str) -> None:

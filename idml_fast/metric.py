@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from . import _checks
 
 FORMS = ("distance", "cosine", "official")
@@ -27,6 +30,10 @@ class Metric:
         gamma: offset of the uncertainty, >= 0.
         form: one of the three above.
 
+    ``tau`` and ``gamma`` may each be a tensor without dimensions on the embeddings' device: every
+    operation then gives it its gradient. Make the metric anew in each step, from a parametrisation
+    that keeps them in range, such as ``Metric(tau=log_tau.exp())``.
+
     Raises:
         TypeError, ValueError: an argument is of another type or out of its range.
 
@@ -39,16 +46,20 @@ class Metric:
     False
     """
 
-    tau: float = 5.0
-    gamma: float = 0.0
+    tau: float | Tensor = 5.0
+    gamma: float | Tensor = 0.0
     form: str = "distance"
 
     def __post_init__(self) -> None:
-        _checks.number("tau", self.tau, "> 0", lambda tau: tau > 0)
-        _checks.number("gamma", self.gamma, ">= 0 and finite", lambda gamma: 0 <= gamma < math.inf)
+        _checks.parameter("tau", self.tau, "> 0", lambda tau: tau > 0)
+        _checks.parameter(
+            "gamma", self.gamma, ">= 0 and finite", lambda gamma: 0 <= gamma < math.inf
+        )
         _checks.one_of("form", self.form, FORMS)
-        object.__setattr__(self, "tau", float(self.tau))
-        object.__setattr__(self, "gamma", float(self.gamma))
+        for name in ("tau", "gamma"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                object.__setattr__(self, name, float(value))
 
     @classmethod
     def paper(cls, form: str = "distance") -> Metric:
@@ -72,10 +83,23 @@ class Metric:
 
     @property
     def reads_unc(self) -> bool:
-        """Whether the uncertainty embeddings matter at all: ``tau`` is finite."""
-        return self.tau < math.inf
+        """Whether the uncertainty embeddings matter at all: ``tau`` is finite, or a tensor."""
+        return isinstance(self.tau, Tensor) or self.tau < math.inf
 
     @property
     def larger_is_closer(self) -> bool:
         """Whether the score is a similarity (the cosine forms) and not a distance."""
         return self.form != "distance"
+
+    def operands(self) -> tuple[float, float, Tensor | None, str]:
+        """What the operations take: ``tau``, ``gamma``, both as one tensor ``[2]`` in the place of
+        the two numbers if either is a tensor, and ``form``."""
+        tensors = [x for x in (self.tau, self.gamma) if isinstance(x, Tensor)]
+        if not tensors:
+            return self.tau, self.gamma, None, self.form
+        dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+        learned = [
+            torch.as_tensor(x, dtype=dtype, device=tensors[0].device)
+            for x in (self.tau, self.gamma)
+        ]
+        return math.nan, math.nan, torch.stack(learned), self.form

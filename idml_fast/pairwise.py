@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,14 +9,24 @@ from torch import Tensor
 
 from . import _checks, reference
 from . import backend as backends
+from ._operands import (
+    OPERANDS,
+    autocast,
+    by_operand,
+    empty_gradients,
+    no_second_derivative,
+    operands,
+    save,
+    saved,
+)
 from .metric import Metric
 
 
 def pairwise(
     sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
+    unc: Tensor | str | None,  # [N, Du] or "zero"
     sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
+    unc2: Tensor | str | None = None,  # [M, Du] or "zero"
     *,
     metric: Metric = Metric(),
     backend: str | None = None,
@@ -42,13 +51,16 @@ def pairwise(
     Args:
         sem, sem2: semantic embeddings; float32, float64, bfloat16 or float16, of any strides.
         unc, unc2: uncertainty embeddings, not normalised; their width may differ from that of
-            ``sem``. May be None for a metric that does not read them (`Metric.plain`).
+            ``sem``. ``"zero"`` for items that are certain (such as proxies): that side's embeddings
+            are then neither made nor multiplied. May be None for a metric that does not read them
+            (`Metric.plain`).
         metric: temperature, offset and form.
         backend: None takes the fastest that serves these tensors (`idml_fast.backend`).
 
     Returns:
         Scores in the dtype of the inputs; under autocast in the autocast dtype. Differentiable once
-        in all four embeddings; NaN and Inf in an embedding come out as NaN or Inf.
+        in all embeddings and, where they are tensors, in ``metric.tau`` and ``metric.gamma``. NaN
+        and Inf in an embedding come out as NaN or Inf.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what would.
@@ -64,34 +76,18 @@ def pairwise(
     sem, unc, sem2, unc2 = autocast(sem, unc, sem2, unc2)
     _checks.pairs(sem, unc, sem2, unc2, metric)
     served = backends.choose("pairwise", sem, backend)
-    if not metric.reads_unc:
-        unc = unc2 = None
     if served == "reference":
         return reference.pairwise(sem, unc, sem2, unc2, metric=metric)
-    return torch.ops.idml_fast.pairwise(sem, unc, sem2, unc2, metric.tau, metric.gamma, metric.form)
-
-
-def autocast(*embeddings: Tensor | None) -> Iterator[Tensor | None]:
-    """The embeddings in the autocast dtype where autocast is on, as for PyTorch's own products."""
-    for x in embeddings:
-        cast = (
-            isinstance(x, Tensor)
-            and x.is_floating_point()
-            and x.dtype != torch.float64
-            and torch.amp.is_autocast_available(x.device.type)
-            and torch.is_autocast_enabled(x.device.type)
-        )
-        yield x.to(torch.get_autocast_dtype(x.device.type)) if cast else x
+    return torch.ops.idml_fast.pairwise(*operands(sem, unc, sem2, unc2, metric))
 
 
 # What PyTorch is told of the operation: shapes for torch.compile and export, a kernel per type of
 # device, and the gradient, which is an operation of its own so that it can be traced as well.
 
-_ARGUMENTS = "Tensor sem, Tensor? unc, Tensor? sem2, Tensor? unc2, float tau, float gamma, str form"
-torch.library.define("idml_fast::pairwise", f"({_ARGUMENTS}) -> Tensor")
+torch.library.define("idml_fast::pairwise", f"({OPERANDS}) -> Tensor")
 torch.library.define(
     "idml_fast::pairwise_backward",
-    f"(Tensor upstream, Tensor? scores, {_ARGUMENTS}, bool[4] wanted) -> Tensor[]",
+    f"(Tensor upstream, Tensor? scores, {OPERANDS}, *, bool[] wanted) -> Tensor[]",
 )
 
 
@@ -103,10 +99,10 @@ def _forward_cpu(*arguments: Any) -> Tensor:
 
 
 @torch.library.impl("idml_fast::pairwise_backward", "CPU")
-def _backward_cpu(*arguments: Any) -> list[Tensor]:
+def _backward_cpu(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
     from ._cpu import pairwise as kernel
 
-    return kernel.backward(*arguments)
+    return kernel.backward(*arguments, wanted=wanted)
 
 
 @torch.library.register_fake("idml_fast::pairwise")
@@ -115,32 +111,24 @@ def _forward_fake(sem: Tensor, unc: Tensor | None, sem2: Tensor | None, *_: Any)
 
 
 @torch.library.register_fake("idml_fast::pairwise_backward")
-def _backward_fake(upstream: Tensor, scores: Tensor | None, *arguments: Any) -> list[Tensor]:
-    embeddings, wanted = arguments[:4], arguments[-1]
-    return [x.new_empty(x.shape) for x, w in zip(embeddings, wanted, strict=True) if w]
+def _backward_fake(
+    upstream: Tensor, scores: Tensor | None, *operands: Any, wanted: list[bool]
+) -> list[Tensor]:
+    return empty_gradients(operands, wanted)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # The distance form can be inverted: its scores, which exist anyway, spare the backward one of
     # the two products.
-    form = inputs[-1]
-    ctx.save_for_backward(output if form == "distance" else None, *inputs[:4])
-    ctx.metric = inputs[4:]
+    save(ctx, inputs, output if inputs[-1] == "distance" else None)
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad[:4])
-    gradients = iter(
-        torch.ops.idml_fast.pairwise_backward(upstream, *ctx.saved_tensors, *ctx.metric, wanted)
-    )
-    return *(next(gradients) if w else None for w in wanted), None, None, None
-
-
-def _no_second_derivative(ctx: Any, *upstream: Any) -> None:
-    raise RuntimeError(
-        "idml_fast.pairwise has no second derivative; backend='reference' has every derivative"
+    operands, (scores,), wanted = saved(ctx)
+    return by_operand(
+        torch.ops.idml_fast.pairwise_backward(upstream, scores, *operands, wanted=wanted), wanted
     )
 
 
 torch.library.register_autograd("idml_fast::pairwise", _backward, setup_context=_save)
-torch.library.register_autograd("idml_fast::pairwise_backward", _no_second_derivative)
+torch.library.register_autograd("idml_fast::pairwise_backward", no_second_derivative("pairwise"))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from idml_fast._cpu import pairwise as cpu_pairwise
 from idml_fast._cpu import tile
 from torch import Tensor
 
@@ -165,8 +164,7 @@ def golden_names(pattern: str) -> list[str]:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that a small problem has many, most of them ragged."""
-    for module in (tile, cpu_pairwise):
-        monkeypatch.setattr(module, "TILE", (20, 7))  # beyond one block of 16 rows
+    monkeypatch.setattr(tile, "TILE", (20, 7))  # beyond one block of 16 rows
     monkeypatch.setattr(tile, "SELF_TILE", (18, 18))
 
 

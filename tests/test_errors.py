@@ -48,18 +48,54 @@ def anchors(*arguments, **changes):
 # what is wrong: (the call, the error, its whole message)
 MISTAKES = {
     # ------------------------------------------------------------------------------- the metric
-    "tau a string": (lambda: Metric("5"), TypeError, "tau must be a number, got str"),
-    "tau a tensor": (
-        lambda: Metric(torch.tensor(5.0)),
+    "tau a string": (
+        lambda: Metric("5"),
         TypeError,
-        "tau must be a number, got Tensor",
+        "tau must be a number or a tensor without dimensions, got str",
     ),
-    "tau a bool": (lambda: Metric(True), TypeError, "tau must be a number, got bool"),
-    "tau None": (lambda: Metric(None), TypeError, "tau must be a number, got None"),
+    "tau a vector": (
+        lambda: Metric(torch.tensor([5.0])),
+        ValueError,
+        "tau must be a number or a tensor without dimensions, got shape [1]",
+    ),
+    "tau an integer tensor": (
+        lambda: Metric(torch.tensor(5)),
+        TypeError,
+        "tau must be of a floating dtype, got int64",
+    ),
+    "tau a bool": (
+        lambda: Metric(True),
+        TypeError,
+        "tau must be a number or a tensor without dimensions, got bool",
+    ),
+    "tau None": (
+        lambda: Metric(None),
+        TypeError,
+        "tau must be a number or a tensor without dimensions, got None",
+    ),
+    "tau a negative tensor": (
+        lambda: Metric(torch.tensor(-1.5)),
+        ValueError,
+        "tau must be > 0, got -1.5",
+    ),
+    "tau on another device": (
+        lambda: pairwise(SEM, UNC, metric=Metric(torch.tensor(5.0, device=META))),
+        ValueError,
+        "metric.tau must be on cpu like sem, got meta",
+    ),
+    "unc another string": (
+        pairs(unc="none"),
+        ValueError,
+        "unc must be a torch.Tensor or 'zero', got 'none'",
+    ),
     "tau zero": (lambda: Metric(0), ValueError, "tau must be > 0, got 0"),
     "tau negative": (lambda: Metric(-1.5), ValueError, "tau must be > 0, got -1.5"),
     "tau nan": (lambda: Metric(math.nan), ValueError, "tau must be > 0, got nan"),
-    "gamma a string": (lambda: Metric(gamma="1"), TypeError, "gamma must be a number, got str"),
+    "gamma a string": (
+        lambda: Metric(gamma="1"),
+        TypeError,
+        "gamma must be a number or a tensor without dimensions, got str",
+    ),
     "gamma negative": (
         lambda: Metric(gamma=-1.0),
         ValueError,

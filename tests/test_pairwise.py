@@ -229,7 +229,8 @@ def test_accuracy_of_both_ways_to_multiply_bf16(monkeypatch, native, metric):
     # Whatever this machine has: torch multiplies bfloat16 on any, if slowly.
     monkeypatch.setattr(tile._C, "has_bf16", lambda: native)
     inputs = draw(**ACCURACY["two sets"], dtype=torch.bfloat16)
-    assert tile.Embedding(inputs["sem"]).native_bf16 == native
+    sem = inputs["sem"]
+    assert tile.Embedding(sem, len(sem), sem.dtype).native_bf16 == native
     assert_follows_the_rule(inputs, metric)
 
 
@@ -431,23 +432,35 @@ def test_opcheck(m, form):
     inputs = [
         None if x is None else x.requires_grad_() for x in draw(6, m, 4, 3, dtype=FLOAT).values()
     ]
-    torch.library.opcheck(OP, (*inputs, 5.0, 0.5, form))
+    torch.library.opcheck(OP, (*inputs, 5.0, 0.5, None, form))
+
+
+@two_sets_and_self
+def test_opcheck_with_learned_tau_and_gamma(m):
+    inputs = [
+        None if x is None else x.requires_grad_() for x in draw(6, m, 4, 3, dtype=FLOAT).values()
+    ]
+    learned = torch.tensor([5.0, 0.5], requires_grad=True)
+    torch.library.opcheck(OP, (*inputs, math.nan, math.nan, learned, "distance"))
 
 
 def test_opcheck_of_a_plain_metric():
     sem = draw(6, None, 4, 3, dtype=FLOAT)["sem"].requires_grad_()
-    torch.library.opcheck(OP, (sem, None, None, None, math.inf, 0.0, "cosine"))
+    torch.library.opcheck(OP, (sem, None, None, None, math.inf, 0.0, None, "cosine"))
 
 
 @two_sets_and_self
 @pytest.mark.parametrize("form", ["distance", "cosine"])
-@pytest.mark.parametrize("wanted", [[True] * 4, [True, False, False, True], [False] * 4], ids=str)
-def test_opcheck_of_the_backward(wanted, form, m):
+@pytest.mark.parametrize("learned", [None, torch.tensor([5.0, 0.5])], ids=["numbers", "learned"])
+@pytest.mark.parametrize("wanted", [[True] * 5, [True, False, False, True, False], [False] * 5])
+def test_opcheck_of_the_backward(wanted, learned, form, m):
     inputs = draw(6, m, 4, 3, dtype=FLOAT)
-    scores = OP(*inputs.values(), 5.0, 0.5, form) if form == "distance" else None
-    wanted = [w and x is not None for w, x in zip(wanted, inputs.values(), strict=True)]
-    arguments = (draw_upstream(inputs), scores, *inputs.values(), 5.0, 0.5, form, wanted)
-    torch.library.opcheck(BACKWARD_OP, arguments)
+    operands = (*inputs.values(), 5.0, 0.5, learned, form)
+    scores = OP(*operands) if form == "distance" else None
+    leaves = (*inputs.values(), learned)
+    wanted = [w and x is not None for w, x in zip(wanted, leaves, strict=True)]
+    arguments = (draw_upstream(inputs), scores, *operands)
+    torch.library.opcheck(BACKWARD_OP, arguments, {"wanted": wanted})
 
 
 @pytest.mark.parametrize("m", [15, None], ids=["two sets", "self"])

@@ -149,6 +149,13 @@ IDML_INLINE void squares_of_stored(const Gram& gram, std::int64_t i, T sign) {
 
 template <class T>
 IDML_INLINE void squares_of_row(const Gram& gram, std::int64_t i, T sign) {
+  if (!gram.products.data) {  // one side is zero, and so are its squares
+    const T* col_squares = gram.cols.squares.row<T>(0);
+    const T row_square = gram.rows.squares.row<T>(0)[i];
+    for (std::int64_t j = 0; j < gram.values.cols; ++j)
+      gram.values.row<T>(i)[j] = row_square + col_squares[j];
+    return;
+  }
   if (gram.products.itemsize == sizeof(BFloat16))
     return squares_of_stored<BFloat16>(gram, i, sign);
   squares_of_stored<T>(gram, i, sign);
@@ -222,6 +229,19 @@ inline std::int64_t block_count(std::int64_t rows) {
 
 enum class Squares { all, without_alpha };
 
+// One instantiation of `call` for each form, chosen here and nowhere else.
+template <class Call>
+void with_form(Form form, const Call& call) {
+  switch (form) {
+    case Form::distance:
+      return call(std::integral_constant<Form, Form::distance>{});
+    case Form::cosine:
+      return call(std::integral_constant<Form, Form::cosine>{});
+    case Form::official:
+      return call(std::integral_constant<Form, Form::official>{});
+  }
+}
+
 // Calls epilogue(row) for every row of one block of the tile.
 template <Form form, Squares squares, class T, class Epilogue>
 IDML_INLINE void walk_block(const Tile& tile, std::int64_t block, const Epilogue& epilogue) {
@@ -251,6 +271,16 @@ IDML_INLINE void walk_block(const Tile& tile, std::int64_t block, const Epilogue
     }
     epilogue(Row<T>{i, count, sem.values.row<T>(i), beta2, inverse, col_inverses.data(),
                     versines.data()});
+  }
+}
+
+// The scores of a row, from column `first` on.
+template <Form form, class T>
+IDML_INLINE void score_row(const Row<T>& row, std::int64_t first, Metric<T> metric, T* scores) {
+  for (std::int64_t j = first; j < row.count; ++j) {
+    const T beta2 = row.unc ? row.unc[j] : T(0);
+    scores[j] =
+        score<form>(row.sem[j], beta2, form == Form::distance ? T(0) : row.versines[j], metric);
   }
 }
 

@@ -27,29 +27,31 @@ class Tile(NamedTuple):
     rows: slice
     cols: slice
     native: _C.Tile
-    # Of sem and, unless the metric is conventional, of unc:
+    # Of sem and, unless no uncertainty is read, of unc:
     values: list[Tensor]  # [n, m] in the epilogue's dtype: memory for its results
-    row_panels: list[Tensor]  # [n, D] in the products' dtype
-    col_panels: list[Tensor]  # [m, D] likewise
+    row_panels: list[Tensor | None]  # [n, D] in the products' dtype; None for zeros
+    col_panels: list[Tensor | None]  # [m, D] likewise
 
 
 class Embedding:
-    """`sem` or `unc` of one side."""
+    """`sem` or `unc` of one side: ``x``, or zeros for ``count`` items if that is None."""
 
-    def __init__(self, x: Tensor) -> None:  # [n, D]
-        self.x = x
-        self.epilogue_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.native_bf16 = x.dtype == torch.bfloat16 and _C.has_bf16()
-        self.product_dtype = x.dtype if self.native_bf16 else self.epilogue_dtype
-        self.squares = torch.empty(len(x), dtype=self.epilogue_dtype)  # [n], squared norms
+    def __init__(self, x: Tensor | None, count: int, dtype: torch.dtype) -> None:
+        self.x = x  # [n, D]
+        self.epilogue_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.native_bf16 = dtype == torch.bfloat16 and _C.has_bf16()
+        self.product_dtype = dtype if self.native_bf16 else self.epilogue_dtype
+        self.squares = torch.zeros(count, dtype=self.epilogue_dtype)  # [n], squared norms
         self.measured: set[int] = set()  # where the parts begin whose norms are there
 
-    def panel(self, part: slice) -> Tensor:
+    def panel(self, part: slice) -> Tensor | None:
         """Some items in the products' dtype: a view, unless they have to be widened.
 
         Their norms are taken when a part is first asked for: the product that follows then finds it
         in the cache. Every part must always be cut alike.
         """
+        if self.x is None:
+            return None
         panel = self.x[part].to(self.product_dtype)
         if part.start not in self.measured:
             _C.squared_norms(matrix(panel), vector(self.squares[part]), threads())
@@ -79,36 +81,39 @@ class Embedding:
 class Gram:
     """One of the walk's two products: of `sem`, or of `unc`."""
 
-    def __init__(self, x: Tensor, y: Tensor | None, sign: int, pairs: int) -> None:
-        self.sign = sign
-        self.x = Embedding(x)
-        self.y = self.x if y is None else Embedding(y)
-        self.buffer = torch.empty(pairs, dtype=self.x.epilogue_dtype)
-        self.product_buffer = self.buffer
-        if self.x.native_bf16:
-            self.product_buffer = torch.empty(pairs, dtype=torch.bfloat16)
+    def __init__(self, x: Embedding, y: Embedding, sign: int, pairs: int) -> None:
+        self.x, self.y, self.sign = x, y, sign
+        self.certain = x.x is None or y.x is None  # nothing to multiply: one side is zero
+        self.multiplied = not self.certain
+        self.buffer = torch.empty(pairs, dtype=x.epilogue_dtype)
+        self.products = self.buffer
+        if x.native_bf16:
+            self.products = torch.empty(pairs, dtype=torch.bfloat16)
 
     def values(self, rows: slice, cols: slice) -> Tensor:  # [n, m]
         """Where the epilogue's results for a tile go; every tile uses the same memory."""
-        shape = rows.stop - rows.start, cols.stop - cols.start
-        return self.buffer[: math.prod(shape)].view(shape)
+        return _cut(self.buffer, 0, rows, cols)
 
-    def multiply(self, left: Tensor, col_panel: Tensor, rows: slice, cols: slice) -> Tensor:
-        """The product of a tile, [n, m]; ``left`` are the factors of its rows."""
-        shape = self.values(rows, cols).shape
-        products = self.product_buffer[: shape.numel()].view(shape)
-        right = self.y.factors(col_panel, cols, self.sign, left=False)
-        return torch.mm(left, right.T, out=products)
+    def left(self, row_panel: Tensor | None, rows: slice) -> Tensor | None:
+        """The factors of some rows; None if they are not multiplied."""
+        if not self.multiplied:
+            return None
+        return self.x.factors(row_panel, rows, self.sign, left=True)
 
     def native(
         self,
-        row_panel: Tensor,
-        col_panel: Tensor,
+        left: Tensor | None,
+        row_panel: Tensor | None,
+        col_panel: Tensor | None,
         rows: slice,
         cols: slice,
-        products: Tensor | None,
+        first: int,  # where the tile's products begin
     ) -> _C.Gram:
-        """A tile's product as the kernels take it."""
+        """A tile's product, taken unless that was done before, as the kernels want it."""
+        products = None if self.certain else _cut(self.products, first, rows, cols)
+        if left is not None:
+            right = self.y.factors(col_panel, cols, self.sign, left=False)
+            torch.mm(left, right.T, out=products)
         return _C.Gram(
             _C.Panel(matrix(row_panel), vector(self.x.squares[rows])),
             _C.Panel(matrix(col_panel), vector(self.y.squares[cols])),
@@ -133,36 +138,86 @@ class Walk:
         multiply_sem: bool = True,
     ) -> None:
         self.symmetric = sem2 is None
-        self.multiply_sem = multiply_sem
         self.shape = len(sem), len(sem if sem2 is None else sem2)
-        if self.symmetric:
-            self.tile_shape = SELF_TILE
-        else:
-            height = max(1, min(self.shape[0], TILE[0]))
-            self.tile_shape = height, math.prod(TILE) // height
+        self.tile_shape = SELF_TILE if self.symmetric else _tile_shape(*self.shape)
         pairs = math.prod(map(min, self.tile_shape, self.shape))
-        self.grams = [Gram(sem, sem2, -1, pairs)]
-        if unc is not None:
-            self.grams.append(Gram(unc, unc2, 1, pairs))
+        sides = [(sem, sem2, -1)]
+        if unc is not None or unc2 is not None:
+            sides.append((unc, unc2, 1))
+        self.grams = []
+        for first, second, sign in sides:
+            x = Embedding(first, self.shape[0], sem.dtype)
+            y = x if self.symmetric else Embedding(second, self.shape[1], sem.dtype)
+            self.grams.append(Gram(x, y, sign, pairs))
+        self.grams[0].multiplied = multiply_sem
         self.dtype = self.grams[0].x.epilogue_dtype
+        self.keeps = False
+
+    def tiles(self) -> Iterator[tuple[slice, slice]]:
+        """The rows and the columns of each tile."""
+        height, width = self.tile_shape
+        for rows in parts(self.shape[0], height):
+            for cols in parts(self.shape[1], width, rows.start if self.symmetric else 0):
+                yield rows, cols
+
+    def kept_pairs(self) -> int:
+        """How many pairs all tiles have together."""
+        return sum(math.prod(_shape(rows, cols)) for rows, cols in self.tiles())
+
+    def keep(self) -> list[Tensor]:
+        """Has the products of every tile put into memory of their own, which it returns."""
+        multiplied = [gram for gram in self.grams if gram.multiplied]
+        for gram in multiplied:
+            gram.products = torch.empty(self.kept_pairs(), dtype=gram.x.product_dtype)
+        self.keeps = True
+        return [gram.products for gram in multiplied]
+
+    def reuse(self, kept: list[Tensor]) -> None:
+        """Takes the products from what another walk over these pairs has kept."""
+        multiplied = [gram for gram in self.grams if gram.multiplied]
+        for gram, products in zip(multiplied, kept, strict=True):
+            gram.products = products
+            gram.multiplied = False
+        self.keeps = True
 
     def __iter__(self) -> Iterator[Tile]:
-        multiplied = [self.multiply_sem] + [True] * (len(self.grams) - 1)
-        for rows in parts(self.shape[0], self.tile_shape[0]):
-            row_panels = [gram.x.panel(rows) for gram in self.grams]
-            lefts = [
-                gram.x.factors(panel, rows, gram.sign, left=True) if wanted else None
-                for gram, panel, wanted in zip(self.grams, row_panels, multiplied, strict=True)
+        first = 0
+        previous = None
+        for rows, cols in self.tiles():
+            if rows != previous:
+                previous = rows
+                row_panels = [gram.x.panel(rows) for gram in self.grams]
+                lefts = [
+                    gram.left(panel, rows)
+                    for gram, panel in zip(self.grams, row_panels, strict=True)
+                ]
+            col_panels = [gram.y.panel(cols) for gram in self.grams]
+            native = [
+                gram.native(left, x, y, rows, cols, first)
+                for gram, left, x, y in zip(self.grams, lefts, row_panels, col_panels, strict=True)
             ]
-            first = rows.start if self.symmetric else 0
-            for cols in parts(self.shape[1], self.tile_shape[1], first):
-                col_panels = [gram.y.panel(cols) for gram in self.grams]
-                native = []
-                for gram, left, x, y in zip(self.grams, lefts, row_panels, col_panels, strict=True):
-                    products = None if left is None else gram.multiply(left, y, rows, cols)
-                    native.append(gram.native(x, y, rows, cols, products))
-                values = [gram.values(rows, cols) for gram in self.grams]
-                yield Tile(rows, cols, _C.Tile(*native), values, row_panels, col_panels)
+            values = [gram.values(rows, cols) for gram in self.grams]
+            yield Tile(rows, cols, _C.Tile(*native), values, row_panels, col_panels)
+            if self.keeps:
+                first += values[0].numel()
+
+
+def _tile_shape(rows: int, cols: int) -> tuple[int, int]:
+    """As many pairs as `TILE` has, in a longer tile where there are few rows or columns."""
+    pairs = math.prod(TILE)
+    height = max(1, min(rows, TILE[0]))
+    width = max(1, min(cols, pairs // height))
+    return (height if width >= TILE[1] else pairs // width), width
+
+
+def _cut(buffer: Tensor, first: int, rows: slice, cols: slice) -> Tensor:  # [n, m]
+    """A tile's share of a buffer, from its element ``first`` on."""
+    shape = _shape(rows, cols)
+    return buffer[first : first + math.prod(shape)].view(shape)
+
+
+def _shape(rows: slice, cols: slice) -> tuple[int, int]:
+    return rows.stop - rows.start, cols.stop - cols.start
 
 
 def parts(count: int, size: int, first: int = 0) -> Iterator[slice]:
@@ -186,3 +241,8 @@ def vector(x: Tensor | None) -> _C.Matrix:  # [n]
 def threads() -> int:
     """As many as PyTorch uses."""
     return torch.get_num_threads()
+
+
+def metric_of(tau: float, gamma: float, learned: Tensor | None, form: str) -> _C.Metric:
+    """The metric that an operation's arguments describe."""
+    return _C.Metric(form, *((tau, gamma) if learned is None else learned.tolist()))

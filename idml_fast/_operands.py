@@ -1,0 +1,93 @@
+"""What all operations have in common: their first arguments, and how those get their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .metric import Metric
+
+# The arguments that every operation begins with. `learned` is tau and gamma as one tensor [2] in
+# the place of the two numbers.
+OPERANDS = (
+    "Tensor sem, Tensor? unc, Tensor? sem2, Tensor? unc2, "
+    "float tau, float gamma, Tensor? learned, str form"
+)
+
+# Which of them can have a gradient.
+LEAVES = (0, 1, 2, 3, 6)
+
+
+def autocast(*embeddings: Tensor | None) -> Iterator[Tensor | None]:
+    """The embeddings in the autocast dtype where autocast is on, as for PyTorch's own products."""
+    for x in embeddings:
+        cast = (
+            isinstance(x, Tensor)
+            and x.is_floating_point()
+            and x.dtype != torch.float64
+            and torch.amp.is_autocast_available(x.device.type)
+            and torch.is_autocast_enabled(x.device.type)
+        )
+        yield x.to(torch.get_autocast_dtype(x.device.type)) if cast else x
+
+
+def operands(
+    sem: Tensor,  # [N, Ds]
+    unc: Tensor | str | None,  # [N, Du]
+    sem2: Tensor | None,  # [M, Ds]
+    unc2: Tensor | str | None,  # [M, Du]
+    metric: Metric,
+) -> tuple[Any, ...]:
+    """Embeddings and metric as every operation takes them, see `OPERANDS`.
+
+    An uncertainty that is zero or not read is None. With ``sem2``, one that is None beside another
+    that is not stands for zeros.
+    """
+    if not metric.reads_unc:
+        unc = unc2 = None
+    unc, unc2 = (None if isinstance(x, str) else x for x in (unc, unc2))
+    return sem, unc, sem2, unc2, *metric.operands()
+
+
+def save(ctx: Any, operands: tuple[Any, ...], *others: Tensor | None) -> None:
+    """Keeps the operands, and other tensors, for the backward."""
+    *embeddings, tau, gamma, learned, form = operands
+    ctx.save_for_backward(*embeddings, learned, *others)
+    ctx.metric = tau, gamma, form
+
+
+def saved(ctx: Any) -> tuple[list[Any], list[Tensor | None], list[bool]]:
+    """The operands and the other tensors that `save` kept, and which of `LEAVES` are wanted."""
+    *embeddings, learned = ctx.saved_tensors[:5]
+    tau, gamma, form = ctx.metric
+    wanted = [ctx.needs_input_grad[k] for k in LEAVES]
+    return [*embeddings, tau, gamma, learned, form], [*ctx.saved_tensors[5:]], wanted
+
+
+def empty_gradients(arguments: tuple[Any, ...], wanted: list[bool]) -> list[Tensor]:
+    """What a backward returns: the gradients of those of `LEAVES` that are wanted."""
+    leaves = (arguments[k] for k in LEAVES)
+    return [x.new_empty(x.shape) for x, w in zip(leaves, wanted, strict=True) if w]
+
+
+def by_operand(gradients: list[Tensor], wanted: list[bool]) -> tuple[Tensor | None, ...]:
+    """What a backward returned, one for each of `OPERANDS`."""
+    placed: list[Tensor | None] = [None] * 8
+    found = iter(gradients)
+    for k, w in zip(LEAVES, wanted, strict=True):
+        placed[k] = next(found) if w else None
+    return tuple(placed)
+
+
+def no_second_derivative(op: str) -> Any:
+    """The gradient of a backward: none, and why."""
+
+    def refuse(ctx: Any, *upstream: Any) -> None:
+        raise RuntimeError(
+            f"idml_fast.{op} has no second derivative; backend='reference' has every derivative"
+        )
+
+    return refuse

@@ -1,0 +1,126 @@
+"""The backward of a walk: the kernels weigh the pairs of a tile, matrix products do the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from idml_fast import _C
+
+from .tile import TILE, Embedding, Tile, Walk, matrix, parts, vector
+
+
+def collect(
+    walk: Walk,
+    metric: tuple[Any, ...],
+    wanted: list[bool],
+    weigh: Callable[[Tile, _C.Gradients], None],
+) -> list[Tensor]:
+    """The gradients of sem, unc, sem2, unc2 and the learned [tau, gamma], of those wanted.
+
+    ``weigh`` replaces a tile's values by the weights of its pairs, see gradient.h.
+    """
+    *of_embeddings, of_metric = wanted
+    rows, cols = [], []
+    for k, gram in enumerate(walk.grams):
+        of_row, of_col = of_embeddings[k::2]
+        rows.append(Gradient(gram.x, gram.certain, of_row))
+        cols.append(rows[k] if walk.symmetric else Gradient(gram.y, gram.certain, of_col))
+    # Of tiles on a symmetric walk's diagonal, which hold every pair twice, and of all the others.
+    sums = torch.zeros(2, 2, walk.shape[0], dtype=torch.float64) if of_metric else None
+    for tile in walk:
+        # A symmetric walk's columns are rows as well. On the diagonal the tile holds both pairs,
+        # (i, j) and (j, i): there it counts for its rows alone.
+        for_cols = not walk.symmetric or tile.rows != tile.cols
+        per_row = None if sums is None else sums[int(for_cols), :, tile.rows]
+        weigh(tile, _gradients(rows, cols if for_cols else [], tile, per_row))
+        for k, (row, col) in enumerate(zip(rows, cols, strict=True)):
+            if row.total is None and col.total is None:
+                continue
+            weights = tile.values[k].to(row.embedding.product_dtype)
+            row.add(tile.rows, weights, tile.col_panels[k])
+            if for_cols:
+                col.add(tile.cols, weights.T, tile.row_panels[k])
+    found = [gradient.finish() for gradient in rows + ([] if walk.symmetric else cols)]
+    if sums is not None:
+        found.append(_of_metric(sums, metric))
+    return [x for x in found if x is not None]
+
+
+class Gradient:
+    """The gradient of one embedding, accumulated in the epilogue's dtype."""
+
+    def __init__(self, embedding: Embedding, certain: bool, wanted: bool) -> None:
+        x = embedding.x
+        self.embedding = embedding
+        self.wanted = wanted
+        # What multiplies the items themselves, [n].
+        self.diagonal = torch.zeros_like(embedding.squares) if wanted else None
+        # Where the other side is zero, there is nothing else.
+        self.total = None  # [n, D]
+        if wanted and not certain:
+            self.total = torch.empty(x.shape, dtype=embedding.epilogue_dtype)
+        self.started: set[int] = set()  # where the parts begin that are not empty memory any more
+        self.complete = True  # whether `total` has all that `diagonal` stands for
+
+    def native(self, part: slice) -> tuple[_C.Matrix, _C.Matrix, bool]:
+        """Where a tile adds up for some items, and whether it is the first to do so."""
+        diagonal = None if self.diagonal is None else self.diagonal[part]
+        if self.total is None:
+            return vector(diagonal), matrix(None), False
+        starts = part.start not in self.started
+        self.started.add(part.start)
+        self.complete = self.complete and starts
+        return vector(diagonal), matrix(self.total[part]), starts
+
+    def add(self, part: slice, weights: Tensor, others: Tensor) -> None:
+        """Adds ``weights [n, m] @ others [m, D]`` to some items."""
+        if self.total is None:
+            return
+        total = self.total[part]
+        if weights.dtype == total.dtype:
+            total.addmm_(weights, others)
+        else:
+            # `out` keeps autocast, if it is on, from choosing another dtype.
+            total += torch.mm(weights, others, out=others.new_empty(total.shape))
+
+    def finish(self) -> Tensor | None:  # [n, D]
+        """The gradient in the embedding's dtype; None if it is not wanted."""
+        if not self.wanted:
+            return None
+        x = self.embedding.x
+        if self.total is None:
+            return (self.diagonal[:, None] * x).to(x.dtype)
+        if not self.started:  # no pairs
+            return torch.zeros_like(x)
+        for part in parts(0 if self.complete else len(x), TILE[0]):
+            self.total[part].addcmul_(self.diagonal[part, None], x[part].to(self.total.dtype))
+        return self.total.to(x.dtype)
+
+
+def _gradients(
+    rows: list[Gradient], cols: list[Gradient], tile: Tile, sums: Tensor | None
+) -> _C.Gradients:
+    """Where the kernels add up for a tile; no ``cols`` where it counts for its rows alone."""
+    absent = matrix(None), matrix(None), False
+    native = []
+    for k, row in enumerate(rows):
+        row_diagonal, row_items, starts_rows = row.native(tile.rows)
+        col_diagonal, col_items, starts_cols = cols[k].native(tile.cols) if cols else absent
+        native.append(
+            _C.Gradient(row_diagonal, col_diagonal, row_items, col_items, starts_rows, starts_cols)
+        )
+    unc = native[1] if len(native) > 1 else _C.Gradient()
+    return _C.Gradients(native[0], unc, matrix(sums))
+
+
+def _of_metric(sums: Tensor, metric: tuple[Any, ...]) -> Tensor:  # [2, 2, N] -> [2]
+    """The gradient of [tau, gamma], from what the kernels have added up for each row."""
+    learned = metric[2]
+    tau, gamma = learned.double()
+    on_diagonal, elsewhere = sums.sum(2)
+    of_gamma, of_beta = on_diagonal / 2 + elsewhere
+    return torch.stack([-(of_beta + gamma * of_gamma) / tau, of_gamma]).to(learned.dtype)
