@@ -2,11 +2,13 @@
 // launchers beside the kernels, which have checked everything; nothing is checked again here.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 
 #include "matrix.h"
 #include "pairwise.h"
+#include "rowstats.h"
 #include "score.h"
 #include "tile.h"
 
@@ -19,7 +21,10 @@ using idml::Panel;
 using idml::Tile;
 using idml::cpu::Gradient;
 using idml::cpu::Gradients;
+using idml::cpu::Items;
 using idml::cpu::PairwiseUpstream;
+using idml::cpu::Reduction;
+using idml::cpu::Statistic;
 
 namespace {
 
@@ -34,6 +39,21 @@ void with_dtype(const Matrix& matrix, const Call& call) {
 
 Form form_of(const std::string& name) {
   return name == "distance" ? Form::distance : name == "cosine" ? Form::cosine : Form::official;
+}
+
+Reduction reduction_of(const std::string& name) {
+  return name == "log_sum_exp" ? Reduction::log_sum_exp
+         : name == "sum"       ? Reduction::sum
+         : name == "count"     ? Reduction::count
+         : name == "hinge"     ? Reduction::hinge
+         : name == "histogram" ? Reduction::histogram
+                               : Reduction::extremum;
+}
+
+std::int32_t where_of(const std::string& name) {
+  return name == "same"        ? idml::cpu::same
+         : name == "different" ? idml::cpu::different
+                               : idml::cpu::same | idml::cpu::different;
 }
 
 const char* isa_name() {
@@ -70,6 +90,25 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<Matrix, Matrix, Matrix, Matrix, bool, bool>());
   py::class_<Gradients>(m, "Gradients").def(py::init<Gradient, Gradient, Matrix>());
   py::class_<PairwiseUpstream>(m, "PairwiseUpstream").def(py::init<Matrix, Matrix, Matrix>());
+  py::class_<Statistic>(m, "Statistic")
+      .def(py::init([](const std::string& reduction, const std::string& where, double power,
+                       double scale, double shift, double low, double width, int bins, int state,
+                       int threshold, int above, int below, int value) {
+        return Statistic{reduction_of(reduction),
+                         where_of(where),
+                         power,
+                         scale,
+                         shift,
+                         low,
+                         width,
+                         bins,
+                         state,
+                         threshold,
+                         above,
+                         below,
+                         value};
+      }));
+  py::class_<Items>(m, "Items").def(py::init<std::int64_t, Matrix, Matrix, Matrix, Matrix>());
 
   m.def("isa", &isa_name);
   m.def("has_bf16", &idml::cpu::has_bf16);
@@ -98,6 +137,27 @@ PYBIND11_MODULE(_C, m) {
          const Gradients& gradients, int threads) {
         with_dtype(upstream.gradient, [&](auto zero) {
           idml::cpu::pairwise_backward<decltype(zero)>(tile, metric, upstream, gradients, threads);
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "rowstats_forward",
+      [](const Tile& tile, const AnyMetric& metric, const std::vector<Statistic>& statistics,
+         const Items& rows, const Items& cols, bool symmetric, int threads) {
+        with_dtype(tile.sem.values, [&](auto zero) {
+          idml::cpu::rowstats_forward<decltype(zero)>(tile, metric, statistics, rows, cols,
+                                                      symmetric, threads);
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "rowstats_backward",
+      [](const Tile& tile, const AnyMetric& metric, const std::vector<Statistic>& statistics,
+         const Items& rows, const Items& cols, bool symmetric, const Gradients& gradients,
+         int threads) {
+        with_dtype(tile.sem.values, [&](auto zero) {
+          idml::cpu::rowstats_backward<decltype(zero)>(tile, metric, statistics, rows, cols,
+                                                       symmetric, gradients, threads);
         });
       },
       py::call_guard<py::gil_scoped_release>());

@@ -218,10 +218,10 @@ IDML_INLINE Weights<T> weights(T alpha2, T beta2, T versine, T inverse_row, T in
                                Metric<T> metric) {
   const T alpha = std::sqrt(alpha2);
   const T beta = std::sqrt(beta2);
-  const T r = exponent<form>(alpha2, alpha, beta2, beta, metric);
   // Identical items exchange no gradient; an unguarded 1/0 must not turn that into NaN.
-  const T decay = alpha2 == T(0) ? T(0) : exp_negative(r);
   const T inverse_alpha = alpha2 == T(0) ? T(0) : T(1) / alpha;
+  const T r = exponent<form>(alpha2, alpha, beta2, beta, metric);
+  const T decay = alpha2 == T(0) ? T(0) : exp_negative(r);
   if constexpr (form == Form::distance) {
     const T a = decay * (T(1) + r) * inverse_alpha;
     const T of_gamma = -decay * metric.inverse_tau;

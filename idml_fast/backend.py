@@ -15,9 +15,13 @@ from . import _checks
 KERNELS: dict[str, tuple[str, ...]] = {
     "cuda": (),
     "triton": (),
-    "cpu": ("pairwise",),
+    "cpu": ("pairwise", "rowstats",),
 }
 BACKENDS = (*KERNELS, "reference")
+# Bytes that a forward may keep for its backward, besides what it returns, so that products need not
+# be taken twice; 256 MiB unless you set another number. 0 always takes them twice.
+workspace = 2**28
+
 OPERATIONS = ("pairwise", "rowstats", "paired", "nearest")
 
 # Why no native kernel can run; None if they can. Looked up once, without importing the module:

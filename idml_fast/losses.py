@@ -37,7 +37,7 @@ def proxy_anchor_loss(
     _checks.labels("labels", labels, sem, "sem")
     _checks.labels_below("labels", labels, len(proxies))
     if unc is not None and proxies_unc is None:
-        proxies_unc = unc.new_zeros(len(proxies), unc.shape[1])
+        proxies_unc = "zero"
     classes = torch.arange(len(proxies), device=proxies.device)
     found = rowstats(
         proxies,
@@ -57,7 +57,7 @@ def proxy_anchor_loss(
     # its threshold PyTorch leaves out exp(-x), which at its own 20 is far more than float64 rounds.
     pull, push = (F.softplus(found[name], threshold=40.0) for name in ("pull", "push"))
     with_positives = (found["positives"] > 0).sum().clamp_min(1)
-    return pull.sum() / with_positives + push.sum() / len(proxies)
+    return pull.sum() / with_positives + push.sum() / max(1, len(proxies))
 
 
 class ProxyAnchorLoss(nn.Module):

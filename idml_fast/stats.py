@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,18 @@ class Extremum(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class _Statistic:
+    # What a kernel takes of every statistic, unless it is an argument of its own: the reduction,
+    # how many rows of numbers that gives, and what it reads.
+    reduction: ClassVar[str]
+    values: ClassVar[int] = 1  # rows that can have a gradient
+    integers: ClassVar[int] = 0
+    scale: ClassVar[float] = 1.0
+    shift: ClassVar[float] = 0.0
+    threshold: ClassVar[None] = None
+    low: ClassVar[float] = 0.0
+    width: ClassVar[float] = 1.0
+    bins: ClassVar[int] = 0
+
     where: str
     power: float = 1.0
     above: float | Tensor | None = None
@@ -74,6 +86,8 @@ class _Statistic:
 class LogSumExp(_Statistic):
     """``log sum_j exp(scale (x_j - shift))``, ``[N]``; -inf for a row without columns."""
 
+    reduction = "log_sum_exp"
+
     scale: float = 1.0
     shift: float = 0.0
 
@@ -94,6 +108,8 @@ class LogSumExp(_Statistic):
 class Sum(_Statistic):
     """``sum_j x_j``, ``[N]``."""
 
+    reduction = "sum"
+
     def _of(self, x: Tensor, looked_at: Tensor) -> Tensor:
         return x.masked_fill(~looked_at, 0).sum(1)
 
@@ -101,6 +117,10 @@ class Sum(_Statistic):
 @dataclass(frozen=True, kw_only=True)
 class Count(_Statistic):
     """The number of columns looked at, ``[N]``, int64."""
+
+    reduction = "count"
+    values = 0
+    integers = 1
 
     def _of(self, x: Tensor, looked_at: Tensor) -> Tensor:
         return looked_at.sum(1)
@@ -112,6 +132,9 @@ class HingeSum(_Statistic):
 
     ``threshold`` is a number, or one differentiable number per row, ``[N]``.
     """
+
+    reduction = "hinge"
+    integers = 1
 
     scale: float = 1.0
     threshold: float | Tensor = 0.0
@@ -134,6 +157,8 @@ class HingeSum(_Statistic):
 class HingeCount(HingeSum):
     """How many terms of `HingeSum` are positive, ``[N]``, int64."""
 
+    values = 0
+
     def _of(self, x: Tensor, looked_at: Tensor) -> Tensor:
         return (self._excess(x, looked_at) > 0).sum(1)
 
@@ -146,6 +171,8 @@ class Histogram(_Statistic):
     that every score within the range weighs 1 in all.
     """
 
+    reduction = "histogram"
+
     low: float
     high: float
     bins: int
@@ -157,10 +184,19 @@ class Histogram(_Statistic):
         _checks.number("high", self.high, f"> low = {self.low}", lambda high: high > self.low)
         _checks.integer("bins", self.bins, ">= 1", lambda bins: bins >= 1)
 
+    @property
+    def values(self) -> int:
+        """One row a bin."""
+        return self.bins + 1
+
+    @property
+    def width(self) -> float:
+        """The distance between two bins' centres."""
+        return (self.high - self.low) / self.bins
+
     def _of(self, x: Tensor, looked_at: Tensor) -> Tensor:
-        width = (self.high - self.low) / self.bins
         counts = [
-            (1 - (x - (self.low + b * width)).abs() / width)
+            (1 - (x - (self.low + b * self.width)).abs() / self.width)
             .relu()
             .masked_fill(~looked_at, 0)
             .sum(1)
@@ -176,6 +212,10 @@ class Min(_Statistic):
     The first NaN among the columns looked at wins over all.
     """
 
+    reduction = "extremum"
+    integers = 1
+    scale = -1.0
+
     def _of(self, x: Tensor, looked_at: Tensor) -> Extremum:
         return _extremum(x, looked_at, math.inf)
 
@@ -186,6 +226,9 @@ class Max(_Statistic):
 
     The first NaN among the columns looked at wins over all.
     """
+
+    reduction = "extremum"
+    integers = 1
 
     def _of(self, x: Tensor, looked_at: Tensor) -> Extremum:
         return _extremum(x, looked_at, -math.inf)

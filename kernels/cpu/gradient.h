@@ -253,7 +253,7 @@ void weigh_tile(const Tile& tile, Metric<T> metric, const Gradients& gradients, 
   Sums<T> sem(rows, cols);
   Sums<T> unc(rows, has_unc ? cols : 0);
   parallel(block_count(rows), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
-    const auto upstream = upstream_of(block);
+    auto upstream = upstream_of(block);
     RowScratch<T> scratch(cols);
     walk_block<form, squares, T>(tile, block, [&](const Row<T>& row) IDML_INLINE_LAMBDA {
       weigh_row<form, squares>(tile, row, metric, upstream(row), gradients.metric, block, sem, unc,

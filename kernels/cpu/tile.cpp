@@ -33,7 +33,12 @@ template <class S>
 IDML_INLINE double squared_norm(const Matrix& x, std::int64_t i) {
   const S* row = x.row<S>(i);
   double total = 0;
+  if (x.col_stride == 1) {
 #pragma omp simd reduction(+ : total)
+    for (std::int64_t k = 0; k < x.cols; ++k)
+      total += static_cast<double>(row[k]) * static_cast<double>(row[k]);
+    return total;
+  }
   for (std::int64_t k = 0; k < x.cols; ++k) {
     const double value = row[k * x.col_stride];
     total += value * value;

@@ -277,6 +277,8 @@ IDML_INLINE void walk_block(const Tile& tile, std::int64_t block, const Epilogue
 // The scores of a row, from column `first` on.
 template <Form form, class T>
 IDML_INLINE void score_row(const Row<T>& row, std::int64_t first, Metric<T> metric, T* scores) {
+  // `scores` may be the squares' own memory.
+#pragma omp simd
   for (std::int64_t j = first; j < row.count; ++j) {
     const T beta2 = row.unc ? row.unc[j] : T(0);
     scores[j] =

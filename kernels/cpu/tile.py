@@ -160,24 +160,15 @@ class Walk:
             for cols in parts(self.shape[1], width, rows.start if self.symmetric else 0):
                 yield rows, cols
 
-    def kept_pairs(self) -> int:
-        """How many pairs all tiles have together."""
-        return sum(math.prod(_shape(rows, cols)) for rows, cols in self.tiles())
+    def keep(self, kept: Tensor, *, again: bool = False) -> None:
+        """Puts the products of each tile into memory of their own, ``kept`` ``[products, bytes]``.
 
-    def keep(self) -> list[Tensor]:
-        """Has the products of every tile put into memory of their own, which it returns."""
+        With ``again``, they are there, from another walk over the same pairs.
+        """
         multiplied = [gram for gram in self.grams if gram.multiplied]
-        for gram in multiplied:
-            gram.products = torch.empty(self.kept_pairs(), dtype=gram.x.product_dtype)
-        self.keeps = True
-        return [gram.products for gram in multiplied]
-
-    def reuse(self, kept: list[Tensor]) -> None:
-        """Takes the products from what another walk over these pairs has kept."""
-        multiplied = [gram for gram in self.grams if gram.multiplied]
-        for gram, products in zip(multiplied, kept, strict=True):
-            gram.products = products
-            gram.multiplied = False
+        for gram, memory in zip(multiplied, kept, strict=True):
+            gram.products = memory.view(gram.x.product_dtype)
+            gram.multiplied = not again
         self.keeps = True
 
     def __iter__(self) -> Iterator[Tile]:
