@@ -136,26 +136,30 @@ IDML_INLINE double exp_negative(double r) {
 #endif
 }
 
-// The exponent r. A zero alpha stands for its limit: r is then huge (or zero, when there is no
-// uncertainty at all), never 0/0, and it stays finite so that exp(-r) * r is 0 and not NaN. NaN
-// passes through every comparison below.
+// What r has above its fraction line: (beta + gamma) / tau, or with beta^2 in the official form.
 template <Form form, class T>
-IDML_INLINE T exponent(T alpha2, T alpha, T beta2, T beta, Metric<T> metric) {
-  const T tiny = std::numeric_limits<T>::min();
-  const T huge = T(1e30);
-  const T length = form == Form::official ? alpha2 : alpha;
+IDML_INLINE T numerator(T beta2, T beta, Metric<T> metric) {
   const T measured = form == Form::official ? beta2 : beta;
   // An infinite uncertainty is a fault in the input and must not come out as a score: inf - inf.
-  const T uncertainty = measured + metric.gamma + (measured - measured);
-  const T r = uncertainty * metric.inverse_tau / (length < tiny ? tiny : length);
+  return (measured + metric.gamma + (measured - measured)) * metric.inverse_tau;
+}
+
+// r stays finite, so that exp(-r) * r is 0 and not NaN. NaN passes through the comparison.
+template <class T>
+IDML_INLINE T finite(T r) {
+  const T huge = T(1e30);
   return r > huge ? huge : r;
 }
 
+// A zero alpha stands for its limit: r is then huge (or zero, when there is no uncertainty at all),
+// never 0/0.
 template <Form form, class T>
 IDML_INLINE T score(T alpha2, T beta2, T versine, Metric<T> metric) {
+  const T tiny = std::numeric_limits<T>::min();
   const T alpha = std::sqrt(alpha2);
-  const T r = exponent<form>(alpha2, alpha, beta2, std::sqrt(beta2), metric);
-  const T decay = exp_negative(r);
+  const T length = form == Form::official ? alpha2 : alpha;
+  const T above = numerator<form>(beta2, std::sqrt(beta2), metric);
+  const T decay = exp_negative(finite(above / (length < tiny ? tiny : length)));
   return form == Form::distance ? alpha * decay : T(1) - versine * decay;
 }
 
@@ -220,7 +224,9 @@ IDML_INLINE Weights<T> weights(T alpha2, T beta2, T versine, T inverse_row, T in
   const T beta = std::sqrt(beta2);
   // Identical items exchange no gradient; an unguarded 1/0 must not turn that into NaN.
   const T inverse_alpha = alpha2 == T(0) ? T(0) : T(1) / alpha;
-  const T r = exponent<form>(alpha2, alpha, beta2, beta, metric);
+  const T inverse_length =
+      form == Form::official ? finite(inverse_alpha * inverse_alpha) : inverse_alpha;
+  const T r = finite(numerator<form>(beta2, beta, metric) * inverse_length);
   const T decay = alpha2 == T(0) ? T(0) : exp_negative(r);
   if constexpr (form == Form::distance) {
     const T a = decay * (T(1) + r) * inverse_alpha;
@@ -231,7 +237,6 @@ IDML_INLINE Weights<T> weights(T alpha2, T beta2, T versine, T inverse_row, T in
   const T pull = versine * decay;
   const T power = form == Form::official ? T(2) : T(1);
   const T a = -power * pull * r * inverse_alpha * inverse_alpha;
-  const T inverse_length = form == Form::official ? inverse_alpha * inverse_alpha : inverse_alpha;
   const T of_gamma = pull * metric.inverse_tau * inverse_length;
   const T inverse_beta = form == Form::official ? T(2) : T(1) / beta;
   const T b = beta2 == T(0) ? T(0) : of_gamma * inverse_beta;

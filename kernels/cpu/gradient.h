@@ -63,10 +63,9 @@ struct Sums {
 // Memory for one row at a time.
 template <class T>
 struct RowScratch {
-  explicit RowScratch(std::int64_t count)
-      : diagonal(count), of_gamma(count), of_tau(count), near_sem(count), near_unc(count) {}
+  explicit RowScratch(std::int64_t count) : diagonal(count), near_sem(count), near_unc(count) {}
 
-  std::vector<T> diagonal, of_gamma, of_tau;
+  std::vector<T> diagonal;
   std::vector<std::int32_t> near_sem, near_unc;  // 1 for a pair left out of the products
 };
 
@@ -90,6 +89,25 @@ IDML_INLINE Weights<T> weights_of_pair(const Row<T>& row, std::int64_t j, T alph
     return weights<form>(alpha2, beta2, row.versines[j], row.inverse, row.col_inverses[j], metric);
 }
 
+// The row's share of the gradients of gamma and tau, see Gradients::metric. Apart, because few
+// metrics learn.
+template <Form form, Squares squares, class T>
+IDML_INLINE void add_of_metric(const Row<T>& row, Metric<T> metric, const Upstream<T>& upstream,
+                               const Matrix& of_metric) {
+  double of_gamma = 0, of_tau = 0;
+#pragma omp simd reduction(+ : of_gamma, of_tau)
+  for (std::int64_t j = 0; j < row.count; ++j) {
+    const T beta2 = row.unc ? row.unc[j] : T(0);
+    const Weights<T> w =
+        weights_of_pair<form, squares>(row, j, row.sem[j], beta2, upstream.scores, metric);
+    const T term = upstream.gradient[j] * w.of_gamma;
+    of_gamma += term;
+    of_tau += term * (form == Form::official ? beta2 : std::sqrt(beta2));
+  }
+  of_metric.row<double>(0)[row.index] += of_gamma;
+  of_metric.row<double>(1)[row.index] += of_tau;
+}
+
 template <Form form, Squares squares, class T>
 IDML_INLINE void weigh_row(const Tile& tile, const Row<T>& row, Metric<T> metric,
                            const Upstream<T>& upstream, const Matrix& of_metric, std::int64_t block,
@@ -101,12 +119,12 @@ IDML_INLINE void weigh_row(const Tile& tile, const Row<T>& row, Metric<T> metric
   const T unc_square = row.unc ? tile.unc.rows.squares.row<T>(0)[i] : T(0);
   const T* unc_squares = row.unc ? tile.unc.cols.squares.row<T>(0) : nullptr;
   T* diagonal = scratch.diagonal.data();
-  T* of_gamma = scratch.of_gamma.data();
-  T* of_tau = scratch.of_tau.data();
   std::int32_t* near_sem = scratch.near_sem.data();
   std::int32_t* near_unc = scratch.near_unc.data();
   T* col_sem = sem.cols[block].data();
   T* col_unc = unc.cols[block].data();
+  if (of_metric.data)
+    add_of_metric<form, squares>(row, metric, upstream, of_metric);
   int any_near = 0;
 #pragma omp simd reduction(| : any_near)
   for (std::int64_t j = 0; j < row.count; ++j) {
@@ -121,10 +139,10 @@ IDML_INLINE void weigh_row(const Tile& tile, const Row<T>& row, Metric<T> metric
     row.sem[j] = of_sem * w.product;
     diagonal[j] = of_sem * w.diagonal_row;
     col_sem[j] += of_sem * w.diagonal_col;
-    of_gamma[j] = incoming[j] * w.of_gamma;
-    of_tau[j] = of_gamma[j] * (form == Form::official ? beta2 : std::sqrt(beta2));
-    near_sem[j] = is_near;
-    any_near |= is_near;
+    if constexpr (form == Form::distance) {
+      near_sem[j] = is_near;
+      any_near |= is_near;
+    }
     if (row.unc) {
       const bool is_opposite = beta2 < near<T> * (unc_square + unc_squares[j]);
       const T of_unc = is_opposite ? T(0) : incoming[j];
@@ -137,10 +155,6 @@ IDML_INLINE void weigh_row(const Tile& tile, const Row<T>& row, Metric<T> metric
   sem.rows[i] = static_cast<T>(sum(diagonal, row.count));
   if (row.unc)
     unc.rows[i] = static_cast<T>(sum(row.unc, row.count));
-  if (of_metric.data) {
-    of_metric.row<double>(0)[i] += sum(of_gamma, row.count);
-    of_metric.row<double>(1)[i] += sum(of_tau, row.count);
-  }
   for (std::int64_t j = 0; any_near && j < row.count; ++j) {
     if (!near_sem[j] && !near_unc[j])
       continue;
