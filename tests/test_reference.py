@@ -53,26 +53,59 @@ def columns_of(i, scores, labels, labels2, where, exclude_self):
 # --------------------------------------------------------------------------------------- rowstats
 
 THRESHOLDS = torch.linspace(0.5, 3, 6, dtype=torch.float64)
+LOW, HIGH = THRESHOLDS - 0.25, THRESHOLDS + 1
 PARAMETERS = {
     "log-sum-exp": (LogSumExp, {"scale": -2.0, "shift": 0.5}),
+    "log-sum-exp above a number": (LogSumExp, {"scale": 3.0, "above": 1.5}),
+    "log-sum-exp of cubes below a number a row": (LogSumExp, {"power": 3.0, "below": HIGH**3}),
     "sum": (Sum, {}),
     "sum of squares": (Sum, {"power": 2.0}),
+    "sum of roots": (Sum, {"power": 0.5}),
+    "sum between two numbers a row": (Sum, {"above": LOW, "below": HIGH}),
     "count": (Count, {}),
+    "count of squares between two numbers": (Count, {"power": 2.0, "above": 1.0, "below": 6.0}),
     "hinge sum": (HingeSum, {"scale": -1.0, "threshold": 2.0}),
     "hinge sum, a threshold a row": (HingeSum, {"scale": 0.5, "threshold": THRESHOLDS}),
+    "hinge sum above a number a row": (
+        HingeSum,
+        {"scale": -1.0, "threshold": HIGH, "above": LOW},
+    ),
     "hinge count": (HingeCount, {"threshold": 1.5}),
+    "hinge count below a number": (HingeCount, {"threshold": 1.0, "below": 2.5}),
     "histogram": (Histogram, {"low": 0.5, "high": 4.5, "bins": 5}),
     "histogram of squares": (Histogram, {"low": 0.0, "high": 9.0, "bins": 10, "power": 2.0}),
+    "histogram below a number a row": (
+        Histogram,
+        {"low": 0.5, "high": 4.5, "bins": 5, "below": HIGH},
+    ),
     "min": (Min, {}),
+    "min above a number a row": (Min, {"above": LOW}),
     "max": (Max, {"power": 2.0}),
+    "max of squares below a number": (Max, {"power": 2.0, "below": 4.0}),
 }
 
 
-def by_loop(kind, xs, columns, i, *, power=1.0, scale=1.0, shift=0.0, threshold=0.0, **histogram):
+def by_loop(
+    kind,
+    xs,
+    columns,
+    i,
+    *,
+    power=1.0,
+    above=-math.inf,
+    below=math.inf,
+    scale=1.0,
+    shift=0.0,
+    threshold=0.0,
+    **histogram,
+):
     """One statistic of one row's scores ``xs``, which stand in ``columns``."""
+    above, below, threshold = (
+        x[i].item() if isinstance(x, torch.Tensor) else x for x in (above, below, threshold)
+    )
     xs = [x**power for x in xs]
-    if isinstance(threshold, torch.Tensor):
-        threshold = threshold[i].item()
+    columns = [j for x, j in zip(xs, columns, strict=True) if above < x < below]
+    xs = [x for x in xs if above < x < below]
     hinges = [max(0.0, scale * (x - threshold)) for x in xs]
     if kind is LogSumExp:
         total = sum(math.exp(scale * (x - shift)) for x in xs)
@@ -135,8 +168,8 @@ def test_statistics_of_half_inputs_are_float32(dtype):
     stats = {"sum": Sum(where="any"), "max": Max(where="any")}
     found = rowstats(**inputs, **labels, stats=stats)
     assert found["sum"].dtype == found["max"].values.dtype == torch.float32
-    scores = pairwise(**inputs).float()
-    torch.testing.assert_close(found["sum"], scores.sum(1), rtol=1e-6, atol=0)
+    exact = pairwise(**to_double(inputs)).sum(1)
+    torch.testing.assert_close(found["sum"].double(), exact, rtol=torch.finfo(dtype).eps, atol=0)
 
 
 def test_statistics_obey_the_accuracy_rule():
@@ -224,6 +257,95 @@ def test_an_infinite_score_is_not_mistaken_for_an_absent_one():
     smallest = Min(where="any").reduce(scores, looked_at)
     largest = Max(where="any").reduce(scores, looked_at)
     assert smallest.columns.tolist() == largest.columns.tolist() == [1, 1]
+
+
+def test_a_window_is_open_at_both_ends():
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    everything = torch.ones(1, 4, dtype=torch.bool)
+    for low, high in [(1.0, 3.0), (torch.tensor([1.0]), torch.tensor([3.0]))]:
+        stat = Sum(where="any", above=low, below=high)
+        assert stat.reduce(scores, everything).tolist() == [2.0]
+    infinite = Count(where="any", above=-math.inf, below=math.inf)
+    assert infinite.reduce(scores, everything).tolist() == [4]
+    assert infinite.reduce(torch.tensor([[-math.inf, 0.0, math.inf, 0.0]]), everything) == 2
+
+
+def test_a_window_is_set_against_the_power_of_the_score():
+    scores, everything = torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3, dtype=torch.bool)
+    assert Sum(where="any", power=2.0, above=1.5).reduce(scores, everything).tolist() == [13.0]
+
+
+def test_bounds_and_thresholds_take_the_dtype_of_the_scores():
+    """0.1 in float64 is not the float32 score of 0.1: without it a score would exceed itself."""
+    scores, everything = torch.tensor([[0.1]]), torch.ones(1, 1, dtype=torch.bool)
+    tenth = torch.tensor([0.1], dtype=torch.float64)
+    for bound in (0.1, tenth):
+        assert Count(where="any", above=bound).reduce(scores, everything).tolist() == [0]
+        assert Count(where="any", below=bound).reduce(scores, everything).tolist() == [0]
+    hinge = HingeSum(where="any", threshold=tenth).reduce(scores, everything)
+    assert hinge.dtype == torch.float32
+    assert hinge.tolist() == [0.0]
+
+
+def test_a_window_has_no_gradient():
+    scores, everything = torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3, dtype=torch.bool)
+    scores.requires_grad_()
+    above = torch.tensor([1.5], requires_grad=True)
+    found = Sum(where="any", above=above).reduce(scores, everything)
+    by_score, by_bound = torch.autograd.grad(found.sum(), [scores, above], allow_unused=True)
+    assert by_score.tolist() == [[0.0, 1.0, 1.0]]
+    assert by_bound is None
+
+
+NAN_ROWS = torch.tensor([[3.0, math.nan, 1.0, math.nan], [3.0, 2.0, 1.0, math.nan]])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (kind, _) in PARAMETERS.items() if kind not in (Count, HingeCount)]
+)
+def test_no_window_hides_a_nan(name):
+    """It comes out of the row that looks at it, and not of the one that does not."""
+    kind, parameters = PARAMETERS[name]
+    narrow = {"above": torch.zeros(2), "below": torch.tensor([-1.0, -1.0])}
+    parameters = {k: x[:2] if isinstance(x, torch.Tensor) else x for k, x in parameters.items()}
+    meets = torch.tensor([[True, True, True, True], [True, True, True, False]])
+    for window in ({}, narrow):
+        found = kind(where="any", **parameters | window).reduce(NAN_ROWS, meets)
+        values = found.values if isinstance(found, Extremum) else found
+        assert values[0].isnan().all()
+        assert not values[1].isnan().any()
+
+
+@pytest.mark.parametrize("kind", [Min, Max])
+def test_the_first_nan_is_the_extremum(kind):
+    found = kind(where="any").reduce(NAN_ROWS, torch.ones(2, 4, dtype=torch.bool))
+    assert found.values.isnan().all()
+    assert found.columns.tolist() == [1, 3]
+    without_the_first = torch.tensor([[True, False, True, True], [False] * 4])
+    found = kind(where="any").reduce(NAN_ROWS, without_the_first)
+    assert found.values.isnan().tolist() == [True, False]
+    assert found.columns.tolist() == [3, -1]
+
+
+@pytest.mark.parametrize("kind", [Min, Max])
+def test_the_gradient_of_an_extremum_goes_to_its_column_alone(kind):
+    scores = torch.tensor([[2.0, 1.0, 1.0, 2.0], [5.0, 5.0, 5.0, 5.0]], requires_grad=True)
+    meets = torch.tensor([[True] * 4, [False, False, True, True]])
+    found = kind(where="any").reduce(scores, meets)
+    (gradient,) = torch.autograd.grad(found.values.sum(), scores)
+    expected = torch.zeros(2, 4)
+    expected[0, 1 if kind is Min else 0] = expected[1, 2] = 1
+    assert torch.equal(gradient, expected)
+
+
+def test_a_root_gives_no_gradient_where_it_has_none():
+    """At 0, the distance of identical items, and in a column not looked at."""
+    scores = torch.tensor([[0.0, 4.0, -1.0]], requires_grad=True)
+    meets = torch.tensor([[True, True, False]])
+    found = Sum(where="any", power=0.5).reduce(scores, meets)
+    (gradient,) = torch.autograd.grad(found.sum(), scores)
+    assert found.tolist() == [2.0]
+    assert gradient.tolist() == [[0.0, 0.25, 0.0]]
 
 
 @each_backend
@@ -482,3 +604,140 @@ def test_gradients_of_nearly_parallel_items():
     exact = gradient(sem.double())
     assert exact.norm(dim=1).min() > 1e-5
     torch.testing.assert_close(gradient(sem).double(), exact, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------- certain items, "zero"
+
+OPTIONS = {  # of the operations in turn
+    "pairwise": {},
+    "paired": {"index": (torch.tensor([0, 5, 2]), torch.tensor([4, 1, 0]))},
+    "nearest": {"k": 2},
+    "rowstats": {"labels": LABELS, "labels2": LABELS2, "stats": {"it": Sum(where="different")}},
+}
+
+
+def options_of(op, m):
+    """`OPTIONS` for two sets, or (``m=None``) for the rows against themselves."""
+    options = dict(OPTIONS[op])
+    if m is None and "labels2" in options:
+        options["labels2"] = None
+    return options
+
+
+def tensors(op, found):
+    """What an operation returned, as a list."""
+    if op == "rowstats":
+        return [found["it"]]
+    return list(found) if op == "nearest" else [found]
+
+
+def results_and_gradients(op, inputs, metric, **options):
+    """All results of an operation of the reference, then its gradients by tensor."""
+    given = {
+        k: x.clone().requires_grad_() if isinstance(x, torch.Tensor) else x
+        for k, x in inputs.items()
+    }
+    found = tensors(op, getattr(reference, op)(**given, metric=metric, **options))
+    leaves = {k: x for k, x in given.items() if isinstance(x, torch.Tensor)}
+    gradients = torch.autograd.grad(found[0].sum(), list(leaves.values()), allow_unused=True)
+    return found, dict(zip(leaves, gradients, strict=True))
+
+
+@pytest.mark.parametrize("op", OPTIONS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("m", "certain"),
+    [(9, ["unc"]), (9, ["unc2"]), (9, ["unc", "unc2"]), (None, ["unc"])],
+    ids=["the rows", "the columns", "both", "self"],
+)
+def test_zero_stands_for_zeros(m, certain, form, op):
+    inputs, metric, options = draw(6, m, 5, 3), Metric(1.5, 0.25, form), options_of(op, m)
+    zeros = {k: torch.zeros_like(inputs[k]) for k in certain}
+    expected, expected_gradients = results_and_gradients(op, inputs | zeros, metric, **options)
+    found, gradients = results_and_gradients(
+        op, inputs | dict.fromkeys(certain, "zero"), metric, **options
+    )
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+    for name, x in gradients.items():
+        assert torch.equal(x, expected_gradients[name])
+
+
+@pytest.mark.parametrize("op", OPTIONS)
+def test_a_plain_metric_reads_no_zero(op):
+    inputs, metric = draw(6, 9, 5, 3), Metric.plain()
+    certain = {"unc": "zero", "unc2": "zero"}
+    found, _ = results_and_gradients(op, inputs | certain, metric, **OPTIONS[op])
+    expected, _ = results_and_gradients(op, inputs, metric, **OPTIONS[op])
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+# ----------------------------------------------------------------------- learned tau and gamma
+
+
+def learned(tau=1.5, gamma=0.25, dtype=torch.float64):
+    return [torch.tensor(x, dtype=dtype, requires_grad=True) for x in (tau, gamma)]
+
+
+def with_identical_pairs(m):
+    """Row 1 is row 4, column 3 and column 5; the last is as certain a pair as can be (beta = 0)."""
+    inputs = draw(6, m, 5, 3)
+    inputs["sem"][1] = inputs["sem"][4]
+    if m is not None:
+        inputs["sem2"][3] = inputs["sem2"][5] = inputs["sem"][1]
+        inputs["unc2"][5] = -inputs["unc"][1]
+    return inputs
+
+
+@pytest.mark.parametrize("form", FORMS)
+@two_sets_and_self
+def test_derivatives_by_tau_and_gamma_pair_by_pair(m, form):
+    inputs, (tau, gamma) = with_identical_pairs(m), learned()
+    s, u = inputs["sem"], inputs["unc"]
+    t, v = (s, u) if m is None else (inputs["sem2"], inputs["unc2"])
+    scores = reference.pairwise(**inputs, metric=Metric(tau, gamma, form))
+    power = 2 if form == "official" else 1
+    for i, j in itertools.product(range(len(s)), range(len(t))):
+        alpha, beta = torch.dist(s[i], t[j]).item(), torch.dist(u[i], -v[j]).item()
+        by_tau = by_gamma = 0.0
+        if alpha > 0:
+            r = (beta**power + 0.25) / (1.5 * alpha**power)
+            base = alpha
+            if form != "distance":
+                base = torch.cosine_similarity(s[i], t[j], dim=0).item() - 1
+            by_tau = base * math.exp(-r) * r / 1.5
+            by_gamma = -base * math.exp(-r) / (1.5 * alpha**power)
+        found = torch.autograd.grad(scores[i, j], [tau, gamma], retain_graph=True)
+        assert [x.item() for x in found] == pytest.approx([by_tau, by_gamma], abs=1e-10)
+
+
+@pytest.mark.parametrize("op", OPTIONS)
+@pytest.mark.parametrize("form", FORMS)
+@two_sets_and_self
+def test_gradients_of_tau_and_gamma(m, form, op):
+    inputs, options = with_identical_pairs(m), options_of(op, m)
+    # sem stays out of it: a distance has no derivative at 0.
+    unc = [inputs[k].requires_grad_() for k in ("unc", "unc2") if inputs[k] is not None]
+
+    def values(tau, gamma, *unc):
+        given = inputs | dict(zip(("unc", "unc2"), unc, strict=False))
+        found = getattr(reference, op)(**given, metric=Metric(tau, gamma, form), **options)
+        return tensors(op, found)[0]
+
+    assert torch.autograd.gradcheck(values, [*learned(), *unc])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("gamma", [0.0, 0.25])
+def test_gradients_are_finite_at_identical_and_nearly_identical_items(gamma, dtype, form):
+    sem = draw(8, None, 5, 1)["sem"].to(dtype)
+    near = sem * (1 + torch.finfo(dtype).eps)
+    inputs = {"sem": torch.cat([sem, near, sem]), "unc": draw(24, None, 3, 1)["sem"].to(dtype)}
+    leaves = [x.requires_grad_() for x in inputs.values()] + learned(0.5, gamma, dtype)
+    scores = reference.pairwise(*leaves[:2], metric=Metric(*leaves[2:], form))
+    assert scores.isfinite().all()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(scores.sum(), leaves))
