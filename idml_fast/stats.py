@@ -53,7 +53,7 @@ class _Statistic:
         for name, bound in (("above", self.above), ("below", self.below)):
             if bound is not None and not isinstance(bound, Tensor):
                 kind = "a number, a tensor or None"
-                _checks.number(name, bound, "not NaN", lambda bound: bound == bound, kind)
+                _checks.number(name, bound, "a number", lambda bound: bound == bound, kind)
 
     def reduce(
         self,
