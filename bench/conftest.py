@@ -22,6 +22,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("idml_fast benchmarks")
     group.addoption("--rows", type=int, default=4096, help="N = M of the dense cases (4096)")
     group.addoption("--rounds", type=int, default=5, help="rounds a case (5)")
+    group.addoption("--full", action="store_true", help="also the cases that take minutes")
     group.addoption("--check", action="store_true", help="fail the cases that miss a bar")
     group.addoption(
         "--record",
@@ -40,6 +41,11 @@ def pytest_configure(config):
 @pytest.fixture
 def rows(pytestconfig) -> int:
     return pytestconfig.getoption("--rows")
+
+
+@pytest.fixture
+def full(pytestconfig) -> bool:
+    return pytestconfig.getoption("--full")
 
 
 @pytest.fixture
