@@ -22,6 +22,7 @@ using idml::Tile;
 using idml::cpu::Gradient;
 using idml::cpu::Gradients;
 using idml::cpu::Items;
+using idml::cpu::NearPairs;
 using idml::cpu::PairwiseUpstream;
 using idml::cpu::Reduction;
 using idml::cpu::Statistic;
@@ -30,11 +31,8 @@ namespace {
 
 // Calls `call` with a float or a double, as the matrix holds.
 template <class Call>
-void with_dtype(const Matrix& matrix, const Call& call) {
-  if (matrix.itemsize == sizeof(double))
-    call(double());
-  else
-    call(float());
+auto with_dtype(const Matrix& matrix, const Call& call) {
+  return matrix.itemsize == sizeof(double) ? call(double()) : call(float());
 }
 
 Form form_of(const std::string& name) {
@@ -89,6 +87,9 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init<>())
       .def(py::init<Matrix, Matrix, Matrix, Matrix, bool, bool>());
   py::class_<Gradients>(m, "Gradients").def(py::init<Gradient, Gradient, Matrix>());
+  py::class_<NearPairs>(m, "NearPairs")
+      .def_readonly("sem", &NearPairs::sem)
+      .def_readonly("unc", &NearPairs::unc);
   py::class_<PairwiseUpstream>(m, "PairwiseUpstream").def(py::init<Matrix, Matrix, Matrix>());
   py::class_<Statistic>(m, "Statistic")
       .def(py::init([](const std::string& reduction, const std::string& where, double power,
@@ -135,8 +136,9 @@ PYBIND11_MODULE(_C, m) {
       "pairwise_backward",
       [](const Tile& tile, const AnyMetric& metric, const PairwiseUpstream& upstream,
          const Gradients& gradients, int threads) {
-        with_dtype(upstream.gradient, [&](auto zero) {
-          idml::cpu::pairwise_backward<decltype(zero)>(tile, metric, upstream, gradients, threads);
+        return with_dtype(upstream.gradient, [&](auto zero) {
+          return idml::cpu::pairwise_backward<decltype(zero)>(tile, metric, upstream, gradients,
+                                                              threads);
         });
       },
       py::call_guard<py::gil_scoped_release>());
@@ -155,9 +157,9 @@ PYBIND11_MODULE(_C, m) {
       [](const Tile& tile, const AnyMetric& metric, const std::vector<Statistic>& statistics,
          const Items& rows, const Items& cols, bool symmetric, const Gradients& gradients,
          int threads) {
-        with_dtype(tile.sem.values, [&](auto zero) {
-          idml::cpu::rowstats_backward<decltype(zero)>(tile, metric, statistics, rows, cols,
-                                                       symmetric, gradients, threads);
+        return with_dtype(tile.sem.values, [&](auto zero) {
+          return idml::cpu::rowstats_backward<decltype(zero)>(tile, metric, statistics, rows, cols,
+                                                              symmetric, gradients, threads);
         });
       },
       py::call_guard<py::gil_scoped_release>());

@@ -138,10 +138,11 @@ def describe(stats: list[Statistic], sem: Tensor) -> tuple[tuple[Any, ...], list
     values = integers = 0
     for stat in stats:
         rows = []
-        for bound in (stat.threshold, stat.above, stat.below):
+        for name in ("threshold", "above", "below"):
+            bound = getattr(stat, name)
             rows.append(-1 if bound is None else len(bounds))
             if isinstance(bound, Tensor):
-                bounds.append(bound.to(dtype))
+                bounds.append((bound if name == "threshold" else bound.detach()).to(dtype))
             elif bound is not None:
                 bounds.append(sem.new_full((len(sem),), bound, dtype=dtype))
         places.append(

@@ -23,9 +23,7 @@ namespace idml::cpu {
 struct Gradient {
   Matrix row_diagonal, col_diagonal;  // [1, N] and [1, M], what multiplies the items themselves
   Matrix rows, cols;                  // [N, D] and [M, D]
-  // The first tile of some items writes their gradient instead of adding to it, their own share
-  // included, which then does not go to the diagonal.
-  bool starts_rows, starts_cols;
+  bool starts_rows, starts_cols;      // whether they are empty memory as yet
 };
 
 struct Gradients {
@@ -33,6 +31,12 @@ struct Gradients {
   // [2, N] of double, absent if not wanted: the sums over each row's pairs of the score's
   // derivative with respect to gamma, and of that times beta (beta^2 in the official form).
   Matrix metric;
+};
+
+// Whether a tile had pairs that were left out of its products. Their gradient has then been written
+// to where it belongs; else memory that is empty as yet still is.
+struct NearPairs {
+  bool sem, unc;
 };
 
 // What a backward knows of a row: the upstream gradient of its pairs, and their scores if alpha has
@@ -170,36 +174,6 @@ IDML_INLINE void weigh_row(const Tile& tile, const Row<T>& row, Metric<T> metric
   }
 }
 
-// gradient[i] = diagonal[i] * x[i], elements of x stored as S.
-template <class S, class T>
-void start_items(const Matrix& gradient, const T* diagonal, const Matrix& x, int threads) {
-  parallel(block_count(x.rows), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
-    const std::int64_t end = std::min((block + 1) * block_rows, x.rows);
-    for (std::int64_t i = block * block_rows; i < end; ++i) {
-      const S* item = x.row<S>(i);
-      T* out = gradient.row<T>(i);
-      if (x.col_stride == 1)
-        for (std::int64_t k = 0; k < x.cols; ++k)
-          out[k] = diagonal[i] * T(item[k]);
-      else
-        for (std::int64_t k = 0; k < x.cols; ++k)
-          out[k] = diagonal[i] * T(item[k * x.col_stride]);
-    }
-  });
-}
-
-// What the tile adds to one side's items themselves.
-template <class S, class T>
-void add_own(const Matrix& gradient, const Matrix& diagonal, bool starts, const T* own,
-             const Matrix& x, int threads) {
-  if (!diagonal.data)
-    return;
-  if (starts && gradient.data)
-    return start_items<S>(gradient, own, x, threads);
-  for (std::int64_t i = 0; i < diagonal.cols; ++i)
-    diagonal.row<T>(0)[i] += own[i];
-}
-
 // rows[i] += weight * (x_i + sign * y_j) and cols[j] += sign * the same, for elements stored as S.
 // A thread takes some features of all pairs, in the pairs' order: no two write to one place.
 template <class S, class T>
@@ -227,40 +201,51 @@ void add_near(const Gram& gram, const Sums<T>& sums, T sign, const Gradient& gra
   });
 }
 
+template <class T>
+IDML_INLINE void add_own(const Matrix& diagonal, const std::vector<T>& own) {
+  for (std::int64_t i = 0; i < diagonal.cols; ++i)
+    diagonal.row<T>(0)[i] += own[i];
+}
+
+template <class T>
+void clear(const Matrix& items) {
+  for (std::int64_t i = 0; i < items.rows; ++i)
+    std::fill_n(items.row<T>(i), items.cols, T(0));
+}
+
 // What the blocks have added up goes where it belongs, in their order, whichever thread had them.
-template <class S, class T>
-void add_sums_stored(const Gram& gram, const Sums<T>& sums, T sign, const Gradient& gradient,
-                     int threads) {
-  add_own<S>(gradient.rows, gradient.row_diagonal, gradient.starts_rows, sums.rows.data(),
-             gram.rows.x, threads);
+// Returns whether any pair was left out of the products.
+template <class T>
+bool add_sums(const Gram& gram, const Sums<T>& sums, T sign, const Gradient& gradient,
+              int threads) {
+  if (gradient.row_diagonal.data)
+    add_own(gradient.row_diagonal, sums.rows);
   if (gradient.col_diagonal.data) {
     const std::int64_t count = gram.values.cols;
     std::vector<double> totals(count);
     for (const std::vector<T>& cols : sums.cols)
       for (std::int64_t j = 0; j < count; ++j)
         totals[j] += cols[j];
-    const std::vector<T> own(totals.begin(), totals.end());
-    add_own<S>(gradient.cols, gradient.col_diagonal, gradient.starts_cols, own.data(), gram.cols.x,
-               threads);
+    add_own(gradient.col_diagonal, std::vector<T>(totals.begin(), totals.end()));
   }
-  if (std::any_of(sums.near.begin(), sums.near.end(), [](const auto& p) { return !p.empty(); }))
-    add_near<S>(gram, sums, sign, gradient, threads);
-}
-
-template <class T>
-void add_sums(const Gram& gram, const Sums<T>& sums, T sign, const Gradient& gradient,
-              int threads) {
-  const Matrix& x = gram.rows.x.data ? gram.rows.x : gram.cols.x;
-  if (x.itemsize == sizeof(BFloat16))
-    return add_sums_stored<BFloat16>(gram, sums, sign, gradient, threads);
-  add_sums_stored<T>(gram, sums, sign, gradient, threads);
+  if (std::all_of(sums.near.begin(), sums.near.end(), [](const auto& p) { return p.empty(); }))
+    return false;
+  if (gradient.starts_rows)
+    clear<T>(gradient.rows);
+  if (gradient.starts_cols)
+    clear<T>(gradient.cols);
+  if (gram.rows.x.itemsize == sizeof(BFloat16))
+    add_near<BFloat16>(gram, sums, sign, gradient, threads);
+  else
+    add_near<T>(gram, sums, sign, gradient, threads);
+  return true;
 }
 
 // `upstream_of(block)` returns a function from the rows of that block, whose squares are there, to
 // their `Upstream`. With Squares::without_alpha (distance form only) tile.sem has no products.
 template <Form form, Squares squares, class T, class UpstreamOf>
-void weigh_tile(const Tile& tile, Metric<T> metric, const Gradients& gradients, int threads,
-                const UpstreamOf& upstream_of) {
+NearPairs weigh_tile(const Tile& tile, Metric<T> metric, const Gradients& gradients, int threads,
+                     const UpstreamOf& upstream_of) {
   const std::int64_t rows = tile.sem.values.rows;
   const std::int64_t cols = tile.sem.values.cols;
   const bool has_unc = tile.unc.values.data != 0;
@@ -274,9 +259,8 @@ void weigh_tile(const Tile& tile, Metric<T> metric, const Gradients& gradients, 
                                scratch);
     });
   });
-  add_sums(tile.sem, sem, T(-1), gradients.sem, threads);
-  if (has_unc)
-    add_sums(tile.unc, unc, T(1), gradients.unc, threads);
+  return {add_sums(tile.sem, sem, T(-1), gradients.sem, threads),
+          has_unc && add_sums(tile.unc, unc, T(1), gradients.unc, threads)};
 }
 
 }  // namespace idml::cpu

@@ -17,7 +17,7 @@ def collect(
     walk: Walk,
     metric: tuple[Any, ...],
     wanted: list[bool],
-    weigh: Callable[[Tile, _C.Gradients], None],
+    weigh: Callable[[Tile, _C.Gradients], _C.NearPairs],
 ) -> list[Tensor]:
     """The gradients of sem, unc, sem2, unc2 and the learned [tau, gamma], of those wanted.
 
@@ -36,14 +36,15 @@ def collect(
         # (i, j) and (j, i): there it counts for its rows alone.
         for_cols = not walk.symmetric or tile.rows != tile.cols
         per_row = None if sums is None else sums[int(for_cols), :, tile.rows]
-        weigh(tile, _gradients(rows, cols if for_cols else [], tile, per_row))
-        for k, (row, col) in enumerate(zip(rows, cols, strict=True)):
+        near = weigh(tile, _gradients(rows, cols if for_cols else [], tile, per_row))
+        for k, any_near in enumerate([near.sem, near.unc][: len(rows)]):
+            row, col = rows[k], cols[k]
             if row.total is None and col.total is None:
                 continue
             weights = tile.values[k].to(row.embedding.product_dtype)
-            row.add(tile.rows, weights, tile.col_panels[k])
+            row.add(tile.rows, weights, tile.col_panels[k], any_near)
             if for_cols:
-                col.add(tile.cols, weights.T, tile.row_panels[k])
+                col.add(tile.cols, weights.T, tile.row_panels[k], any_near)
     found = [gradient.finish() for gradient in rows + ([] if walk.symmetric else cols)]
     if sums is not None:
         found.append(_of_metric(sums, metric))
@@ -64,28 +65,29 @@ class Gradient:
         if wanted and not certain:
             self.total = torch.empty(x.shape, dtype=embedding.epilogue_dtype)
         self.started: set[int] = set()  # where the parts begin that are not empty memory any more
-        self.complete = True  # whether `total` has all that `diagonal` stands for
 
     def native(self, part: slice) -> tuple[_C.Matrix, _C.Matrix, bool]:
-        """Where a tile adds up for some items, and whether it is the first to do so."""
+        """Where a tile adds up for some items, and whether that is empty memory as yet."""
         diagonal = None if self.diagonal is None else self.diagonal[part]
-        if self.total is None:
-            return vector(diagonal), matrix(None), False
-        starts = part.start not in self.started
-        self.started.add(part.start)
-        self.complete = self.complete and starts
-        return vector(diagonal), matrix(self.total[part]), starts
+        items = None if self.total is None else self.total[part]
+        return vector(diagonal), matrix(items), items is not None and part.start not in self.started
 
-    def add(self, part: slice, weights: Tensor, others: Tensor) -> None:
-        """Adds ``weights [n, m] @ others [m, D]`` to some items."""
+    def add(self, part: slice, weights: Tensor, others: Tensor, any_near: bool) -> None:
+        """Adds ``weights [n, m] @ others [m, D]`` to some items; the kernel has added to them
+        before if there is ``any_near``."""
         if self.total is None:
             return
         total = self.total[part]
-        if weights.dtype == total.dtype:
-            total.addmm_(weights, others)
+        starts = part.start not in self.started and not any_near
+        self.started.add(part.start)
+        # `out` keeps autocast, if it is on, from choosing another dtype.
+        if weights.dtype != total.dtype:
+            product = torch.mm(weights, others, out=others.new_empty(total.shape))
+            total.copy_(product) if starts else total.add_(product)
+        elif starts:
+            torch.mm(weights, others, out=total)
         else:
-            # `out` keeps autocast, if it is on, from choosing another dtype.
-            total += torch.mm(weights, others, out=others.new_empty(total.shape))
+            total.addmm_(weights, others)
 
     def finish(self) -> Tensor | None:  # [n, D]
         """The gradient in the embedding's dtype; None if it is not wanted."""
@@ -96,7 +98,8 @@ class Gradient:
             return (self.diagonal[:, None] * x).to(x.dtype)
         if not self.started:  # no pairs
             return torch.zeros_like(x)
-        for part in parts(0 if self.complete else len(x), TILE[0]):
+        # Last, and apart from the products: these add up better if they do not begin with this.
+        for part in parts(len(x), TILE[0]):
             self.total[part].addcmul_(self.diagonal[part, None], x[part].to(self.total.dtype))
         return self.total.to(x.dtype)
 

@@ -59,13 +59,14 @@ void pairwise_forward(const Tile& tile, const AnyMetric& metric, const Matrix& s
 }
 
 template <class T>
-void pairwise_backward(const Tile& tile, const AnyMetric& metric, const PairwiseUpstream& upstream,
-                       const Gradients& gradients, int threads) {
+NearPairs pairwise_backward(const Tile& tile, const AnyMetric& metric,
+                            const PairwiseUpstream& upstream, const Gradients& gradients,
+                            int threads) {
   const std::int64_t count = tile.sem.values.cols;
-  with_form(metric.form, [&](auto chosen) {
+  return with_form(metric.form, [&](auto chosen) {
     constexpr Form form = decltype(chosen)::value;
     constexpr bool inverts = form == Form::distance;
-    weigh_tile<form, inverts ? Squares::without_alpha : Squares::all>(
+    return weigh_tile<form, inverts ? Squares::without_alpha : Squares::all>(
         tile, metric.as<T>(), gradients, threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
           std::vector<T> both(upstream.mirror.data ? block_rows * count : 0);
           if (upstream.mirror.data)
@@ -84,9 +85,9 @@ template void pairwise_forward<float>(const Tile&, const AnyMetric&, const Matri
                                       int);
 template void pairwise_forward<double>(const Tile&, const AnyMetric&, const Matrix&, const Matrix&,
                                        int);
-template void pairwise_backward<float>(const Tile&, const AnyMetric&, const PairwiseUpstream&,
-                                       const Gradients&, int);
-template void pairwise_backward<double>(const Tile&, const AnyMetric&, const PairwiseUpstream&,
-                                        const Gradients&, int);
+template NearPairs pairwise_backward<float>(const Tile&, const AnyMetric&, const PairwiseUpstream&,
+                                            const Gradients&, int);
+template NearPairs pairwise_backward<double>(const Tile&, const AnyMetric&, const PairwiseUpstream&,
+                                             const Gradients&, int);
 
 }  // namespace idml::cpu

@@ -26,7 +26,8 @@ struct PairwiseUpstream {
 // See gradient.h. The distance form gets alpha from the scores: for it, tile.sem comes without
 // products.
 template <class T>
-void pairwise_backward(const Tile& tile, const AnyMetric& metric, const PairwiseUpstream& upstream,
-                       const Gradients& gradients, int threads);
+NearPairs pairwise_backward(const Tile& tile, const AnyMetric& metric,
+                            const PairwiseUpstream& upstream, const Gradients& gradients,
+                            int threads);
 
 }  // namespace idml::cpu

@@ -61,7 +61,7 @@ def backward(
     walk = Walk(sem, unc, sem2, unc2, multiply_sem=scores is None)
     native = metric_of(*metric)
 
-    def weigh(tile: Tile, gradients: _C.Gradients) -> None:
+    def weigh(tile: Tile, gradients: _C.Gradients) -> _C.NearPairs:
         # A symmetric walk's tile stands for (i, j) and for (j, i).
         incoming = readable(upstream[tile.rows, tile.cols], walk.dtype)
         mirror = forwarded = None
@@ -70,7 +70,7 @@ def backward(
         if scores is not None:
             forwarded = readable(scores[tile.rows, tile.cols], walk.dtype)
         arrived = _C.PairwiseUpstream(matrix(incoming), matrix(mirror), matrix(forwarded))
-        _C.pairwise_backward(tile.native, native, arrived, gradients, threads())
+        return _C.pairwise_backward(tile.native, native, arrived, gradients, threads())
 
     return collect(walk, metric, wanted, weigh)
 

@@ -410,13 +410,14 @@ void rowstats_forward(const Tile& tile, const AnyMetric& metric,
 }
 
 template <class T>
-void rowstats_backward(const Tile& tile, const AnyMetric& metric,
-                       const std::vector<Statistic>& statistics, const Items& rows,
-                       const Items& cols, bool symmetric, const Gradients& gradients, int threads) {
+NearPairs rowstats_backward(const Tile& tile, const AnyMetric& metric,
+                            const std::vector<Statistic>& statistics, const Items& rows,
+                            const Items& cols, bool symmetric, const Gradients& gradients,
+                            int threads) {
   const std::int64_t count = tile.sem.values.cols;
-  with_form(metric.form, [&](auto chosen) {
+  return with_form(metric.form, [&](auto chosen) {
     constexpr Form form = decltype(chosen)::value;
-    weigh_tile<form, Squares::all>(
+    return weigh_tile<form, Squares::all>(
         tile, metric.as<T>(), gradients, threads, [&](std::int64_t) IDML_INLINE_LAMBDA {
           return [&, scratch = Scratch<T>(count), scores = std::vector<T>(count),
                   gradient = std::vector<T>(count)](const Row<T>& row) mutable IDML_INLINE_LAMBDA {
@@ -433,10 +434,11 @@ template void rowstats_forward<float>(const Tile&, const AnyMetric&, const std::
                                       const Items&, const Items&, bool, int);
 template void rowstats_forward<double>(const Tile&, const AnyMetric&, const std::vector<Statistic>&,
                                        const Items&, const Items&, bool, int);
-template void rowstats_backward<float>(const Tile&, const AnyMetric&, const std::vector<Statistic>&,
-                                       const Items&, const Items&, bool, const Gradients&, int);
-template void rowstats_backward<double>(const Tile&, const AnyMetric&,
-                                        const std::vector<Statistic>&, const Items&, const Items&,
-                                        bool, const Gradients&, int);
+template NearPairs rowstats_backward<float>(const Tile&, const AnyMetric&,
+                                            const std::vector<Statistic>&, const Items&,
+                                            const Items&, bool, const Gradients&, int);
+template NearPairs rowstats_backward<double>(const Tile&, const AnyMetric&,
+                                             const std::vector<Statistic>&, const Items&,
+                                             const Items&, bool, const Gradients&, int);
 
 }  // namespace idml::cpu

@@ -59,8 +59,9 @@ void rowstats_forward(const Tile& tile, const AnyMetric& metric,
 
 // See gradient.h; the upstream gradient of a pair comes from the statistics it is part of.
 template <class T>
-void rowstats_backward(const Tile& tile, const AnyMetric& metric,
-                       const std::vector<Statistic>& statistics, const Items& rows,
-                       const Items& cols, bool symmetric, const Gradients& gradients, int threads);
+NearPairs rowstats_backward(const Tile& tile, const AnyMetric& metric,
+                            const std::vector<Statistic>& statistics, const Items& rows,
+                            const Items& cols, bool symmetric, const Gradients& gradients,
+                            int threads);
 
 }  // namespace idml::cpu

@@ -52,8 +52,8 @@ def backward(
     statistics = Statistics(*description).native
     items = Items(walk, labels, labels2, bounds, state, upstream)
 
-    def weigh(tile: Tile, gradients: _C.Gradients) -> None:
-        _C.rowstats_backward(
+    def weigh(tile: Tile, gradients: _C.Gradients) -> _C.NearPairs:
+        return _C.rowstats_backward(
             tile.native, native, statistics, *items.of(tile), walk.symmetric, gradients, threads()
         )
 

@@ -231,15 +231,12 @@ enum class Squares { all, without_alpha };
 
 // One instantiation of `call` for each form, chosen here and nowhere else.
 template <class Call>
-void with_form(Form form, const Call& call) {
-  switch (form) {
-    case Form::distance:
-      return call(std::integral_constant<Form, Form::distance>{});
-    case Form::cosine:
-      return call(std::integral_constant<Form, Form::cosine>{});
-    case Form::official:
-      return call(std::integral_constant<Form, Form::official>{});
-  }
+auto with_form(Form form, const Call& call) {
+  if (form == Form::distance)
+    return call(std::integral_constant<Form, Form::distance>{});
+  if (form == Form::cosine)
+    return call(std::integral_constant<Form, Form::cosine>{});
+  return call(std::integral_constant<Form, Form::official>{});
 }
 
 // Calls epilogue(row) for every row of one block of the tile.
