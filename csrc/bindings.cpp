@@ -7,6 +7,7 @@
 #include <string>
 
 #include "matrix.h"
+#include "paired.h"
 #include "pairwise.h"
 #include "rowstats.h"
 #include "score.h"
@@ -23,8 +24,10 @@ using idml::cpu::Gradient;
 using idml::cpu::Gradients;
 using idml::cpu::Items;
 using idml::cpu::NearPairs;
+using idml::cpu::PairsByItem;
 using idml::cpu::PairwiseUpstream;
 using idml::cpu::Reduction;
+using idml::cpu::Side;
 using idml::cpu::Statistic;
 
 namespace {
@@ -109,6 +112,8 @@ PYBIND11_MODULE(_C, m) {
                          below,
                          value};
       }));
+  py::class_<Side>(m, "Side").def(py::init<Matrix, Matrix>());
+  py::class_<PairsByItem>(m, "PairsByItem").def(py::init<Matrix, Matrix, Matrix, Matrix>());
   py::class_<Items>(m, "Items").def(py::init<std::int64_t, Matrix, Matrix, Matrix, Matrix>());
 
   m.def("isa", &isa_name);
@@ -160,6 +165,26 @@ PYBIND11_MODULE(_C, m) {
         return with_dtype(tile.sem.values, [&](auto zero) {
           return idml::cpu::rowstats_backward<decltype(zero)>(tile, metric, statistics, rows, cols,
                                                               symmetric, gradients, threads);
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "paired_forward",
+      [](const Side& row_side, const Side& col_side, const AnyMetric& metric, const Matrix& rows,
+         const Matrix& cols, const Matrix& scores, int threads) {
+        with_dtype(scores, [&](auto zero) {
+          idml::cpu::paired_forward<decltype(zero)>(row_side, col_side, metric, rows, cols, scores,
+                                                    threads);
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "paired_backward",
+      [](const Side& items, const Side& others, const AnyMetric& metric, const PairsByItem& pairs,
+         const Matrix& sem, const Matrix& unc, int threads) {
+        with_dtype(pairs.upstream, [&](auto zero) {
+          idml::cpu::paired_backward<decltype(zero)>(items, others, metric, pairs, sem, unc,
+                                                     threads);
         });
       },
       py::call_guard<py::gil_scoped_release>());

@@ -171,11 +171,11 @@ def vector(name: str, value: Tensor, items: Tensor, items_name: str) -> None:
     _device_like(name, value, items, items_name)
 
 
-def index(value: Any, rows: int, cols: int) -> None:
-    """``value`` is a pair of int64 vectors of one length, positions of rows and of columns."""
+def index(value: Any, rows: Tensor, cols: Tensor) -> None:
+    """``value`` is a pair of int64 vectors of one length, positions in ``rows`` and ``cols``."""
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"index must be a pair (rows, cols) of tensors, got {_kind(value)}")
-    for name, positions, count in zip(("rows", "cols"), value, (rows, cols), strict=True):
+    for name, positions, items in zip(("rows", "cols"), value, (rows, cols), strict=True):
         tensor(f"index {name}", positions)
         if positions.shape != value[0].shape or positions.dim() != 1:
             raise ValueError(
@@ -183,7 +183,8 @@ def index(value: Any, rows: int, cols: int) -> None:
             )
         if positions.dtype != torch.int64:
             raise TypeError(f"index {name} must be int64, got {_name(positions.dtype)}")
-        labels_below(f"index {name}", positions, count)
+        _device_like(f"index {name}", positions, items, "sem")
+        labels_below(f"index {name}", positions, len(items))
 
 
 def same_length(sem: Tensor, sem2: Tensor | None) -> None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from . import _checks, reference
 from . import backend as backends
+from ._operands import (
+    OPERANDS,
+    autocast,
+    by_operand,
+    empty_gradients,
+    no_second_derivative,
+    operands,
+    save,
+    saved,
+)
 from .metric import Metric
-from .pairwise import autocast
 
 
 def paired(
     sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
+    unc: Tensor | str | None,  # [N, Du] or "zero"
     sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
+    unc2: Tensor | str | None = None,  # [M, Du] or "zero"
     *,
     index: tuple[Tensor, Tensor] | None = None,  # [T], [T]
     metric: Metric = Metric(),
@@ -26,20 +38,25 @@ def paired(
 
         scores = idml_fast.pairwise(sem, unc, sem2, unc2, metric=metric)[rows, cols]
 
-    It is computed in eager PyTorch: the embeddings of the T pairs are gathered.
+    The kernel reads the embeddings where they are: no ``sem[rows]`` ``[T, Ds]`` is made, in the
+    forward or in the backward, which measures each pair again. An item may be in any number of
+    pairs; its gradient is added up in the pairs' order, so the same input gives the same bits. All
+    pairs are computed from the differences of their components, near-duplicates as well.
 
     Args:
-        sem, unc, sem2, unc2, metric: as for `idml_fast.pairwise`.
-        index: ``(rows, cols)``, int64 positions; None pairs row t with column t (then N = M, and
-            ``sem2`` must be given).
-        backend: None, or ``"reference"``.
+        sem, unc, sem2, unc2, metric, backend: as for `idml_fast.pairwise`.
+        index: ``(rows, cols)``, int64 positions on the device of ``sem``; None pairs row t with
+            column t (then N = M, and ``sem2`` must be given).
 
     Returns:
-        One score a pair in the dtype of the inputs, differentiable in all embeddings.
+        One score a pair in the dtype of the inputs; under autocast in the autocast dtype.
+        Differentiable once, in what `idml_fast.pairwise` is.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, and what would.
-        RuntimeError: the named backend cannot serve this.
+        RuntimeError: no backend serves these tensors, or a second derivative is asked for.
+
+    Source: Wang et al., *Introspective Deep Metric Learning*, TPAMI 2023, arXiv 2309.09982.
 
     >>> import torch, idml_fast
     >>> sem, unc = torch.eye(3), torch.zeros(3, 2)
@@ -49,10 +66,60 @@ def paired(
     """
     sem, unc, sem2, unc2 = autocast(sem, unc, sem2, unc2)
     _checks.pairs(sem, unc, sem2, unc2, metric)
-    columns = sem if sem2 is None else sem2
     if index is None:
         _checks.same_length(sem, sem2)
     else:
-        _checks.index(index, len(sem), len(columns))
-    backends.choose("paired", sem, backend or "reference")
-    return reference.paired(sem, unc, sem2, unc2, index=index, metric=metric)
+        _checks.index(index, sem, sem if sem2 is None else sem2)
+    served = backends.choose("paired", sem, backend)
+    if served == "reference":
+        return reference.paired(sem, unc, sem2, unc2, index=index, metric=metric)
+    rows, cols = (None, None) if index is None else index
+    return torch.ops.idml_fast.paired(*operands(sem, unc, sem2, unc2, metric), rows, cols)
+
+
+# Without an index, row t is paired with column t. The backward takes a negative column as no pair:
+# `idml_fast.nearest` differentiates its scores with it, and may not have found all it looked for.
+torch.library.define("idml_fast::paired", f"({OPERANDS}, Tensor? rows, Tensor? cols) -> Tensor")
+torch.library.define(
+    "idml_fast::paired_backward",
+    f"(Tensor upstream, {OPERANDS}, Tensor? rows, Tensor? cols, *, bool[] wanted) -> Tensor[]",
+)
+
+
+@torch.library.impl("idml_fast::paired", "CPU")
+def _forward_cpu(*arguments: Any) -> Tensor:
+    from ._cpu import paired as kernel
+
+    return kernel.forward(*arguments)
+
+
+@torch.library.impl("idml_fast::paired_backward", "CPU")
+def _backward_cpu(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
+    from ._cpu import paired as kernel
+
+    return kernel.backward(*arguments, wanted=wanted)
+
+
+@torch.library.register_fake("idml_fast::paired")
+def _forward_fake(sem: Tensor, *arguments: Any) -> Tensor:
+    rows = arguments[-2]
+    return sem.new_empty(len(sem) if rows is None else len(rows))
+
+
+@torch.library.register_fake("idml_fast::paired_backward")
+def _backward_fake(upstream: Tensor, *arguments: Any, wanted: list[bool]) -> list[Tensor]:
+    return empty_gradients(arguments, wanted)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    save(ctx, inputs[:8], *inputs[8:])
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    operands, index, wanted = saved(ctx)
+    gradients = torch.ops.idml_fast.paired_backward(upstream, *operands, *index, wanted=wanted)
+    return *by_operand(gradients, wanted), None, None
+
+
+torch.library.register_autograd("idml_fast::paired", _backward, setup_context=_save)
+torch.library.register_autograd("idml_fast::paired_backward", no_second_derivative("paired"))

@@ -47,7 +47,8 @@ def collect(
                 col.add(tile.cols, weights.T, tile.row_panels[k], any_near)
     found = [gradient.finish() for gradient in rows + ([] if walk.symmetric else cols)]
     if sums is not None:
-        found.append(_of_metric(sums, metric))
+        on_diagonal, elsewhere = sums.sum(2)
+        found.append(of_metric(on_diagonal / 2 + elsewhere, metric))
     return [x for x in found if x is not None]
 
 
@@ -120,10 +121,9 @@ def _gradients(
     return _C.Gradients(native[0], unc, matrix(sums))
 
 
-def _of_metric(sums: Tensor, metric: tuple[Any, ...]) -> Tensor:  # [2, 2, N] -> [2]
-    """The gradient of [tau, gamma], from what the kernels have added up for each row."""
+def of_metric(sums: Tensor, metric: tuple[Any, ...]) -> Tensor:  # [2] -> [2]
+    """The gradient of [tau, gamma], from what the kernels have added up, see gradient.h."""
     learned = metric[2]
     tau, gamma = learned.double()
-    on_diagonal, elsewhere = sums.sum(2)
-    of_gamma, of_beta = on_diagonal / 2 + elsewhere
+    of_gamma, of_beta = sums
     return torch.stack([-(of_beta + gamma * of_gamma) / tau, of_gamma]).to(learned.dtype)
