@@ -7,6 +7,7 @@
 #include <string>
 
 #include "matrix.h"
+#include "nearest.h"
 #include "paired.h"
 #include "pairwise.h"
 #include "rowstats.h"
@@ -20,6 +21,9 @@ using idml::Gram;
 using idml::Matrix;
 using idml::Panel;
 using idml::Tile;
+using idml::cpu::Best;
+using idml::cpu::Choice;
+using idml::cpu::DistanceWeighted;
 using idml::cpu::Gradient;
 using idml::cpu::Gradients;
 using idml::cpu::Items;
@@ -27,6 +31,7 @@ using idml::cpu::NearPairs;
 using idml::cpu::PairsByItem;
 using idml::cpu::PairwiseUpstream;
 using idml::cpu::Reduction;
+using idml::cpu::Results;
 using idml::cpu::Side;
 using idml::cpu::Statistic;
 
@@ -116,6 +121,15 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PairsByItem>(m, "PairsByItem").def(py::init<Matrix, Matrix, Matrix, Matrix>());
   py::class_<Items>(m, "Items").def(py::init<std::int64_t, Matrix, Matrix, Matrix, Matrix>());
 
+  py::class_<DistanceWeighted>(m, "DistanceWeighted")
+      .def(py::init<>())
+      .def(py::init<double, double, double, std::uint64_t>());
+  py::class_<Choice>(m, "Choice")
+      .def(py::init<std::int64_t, std::int64_t, bool, bool, bool, Matrix, Matrix, Matrix, bool,
+                    bool, DistanceWeighted>());
+  py::class_<Results>(m, "Results").def(py::init<Matrix, Matrix, Matrix>());
+  py::class_<Best>(m, "Best").def(py::init<std::int64_t, Matrix, Matrix, Matrix, Matrix, Matrix>());
+
   m.def("isa", &isa_name);
   m.def("has_bf16", &idml::cpu::has_bf16);
   m.def("has_threads", &idml::cpu::has_threads);
@@ -185,6 +199,23 @@ PYBIND11_MODULE(_C, m) {
         with_dtype(pairs.upstream, [&](auto zero) {
           idml::cpu::paired_backward<decltype(zero)>(items, others, metric, pairs, sem, unc,
                                                      threads);
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "nearest_offer",
+      [](const Tile& tile, const AnyMetric& metric, const Choice& choice, const Best& best,
+         int threads) {
+        with_dtype(best.keys, [&](auto zero) {
+          idml::cpu::nearest_offer<decltype(zero)>(tile, metric, choice, best, threads);
+        });
+      },
+      py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "nearest_finish",
+      [](const Best& best, const Results& results, int threads) {
+        with_dtype(best.keys, [&](auto zero) {
+          idml::cpu::nearest_finish<decltype(zero)>(best, results, threads);
         });
       },
       py::call_guard<py::gil_scoped_release>());

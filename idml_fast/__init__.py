@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from . import backend, losses, reference, stats
 from .metric import Metric
-from .nearest import nearest
+from .nearest import DistanceWeighted, nearest
 from .paired import paired
 from .pairwise import pairwise
 from .rowstats import rowstats
@@ -17,6 +17,7 @@ from .rowstats import rowstats
 __version__ = version("idml_fast")
 
 __all__ = [
+    "DistanceWeighted",
     "Metric",
     "backend",
     "losses",

@@ -72,14 +72,18 @@ def pairs(
     sem2: Tensor | None,  # [M, Ds]
     unc2: Tensor | str | None,  # [M, Du] or "zero"
     metric: Metric,
+    columns: tuple[str, str, str] = ("sem2", "unc2", "M"),
 ) -> None:
-    """The embeddings are given together, fit together and suit the metric."""
+    """The embeddings are given together, fit together and suit the metric.
+
+    ``columns`` is what the caller's arguments call ``sem2``, ``unc2`` and M.
+    """
     if sem2 is None and unc2 is not None:
         raise TypeError("sem2 must be given together with unc2, got None")
     if sem2 is not None and (unc2 is None) != (unc is None):
-        missing, other = ("unc2", "unc") if unc2 is None else ("unc", "unc2")
+        missing, other = (columns[1], "unc") if unc2 is None else ("unc", columns[1])
         raise TypeError(f"{missing} must be given together with {other}, got None")
-    embeddings(sem, unc, sem2, unc2, metric)
+    embeddings(sem, unc, sem2, unc2, metric, columns)
 
 
 def embeddings(
@@ -90,10 +94,7 @@ def embeddings(
     metric: Metric,
     columns: tuple[str, str, str] = ("sem2", "unc2", "M"),
 ) -> None:
-    """The embeddings that are given fit together and suit the metric.
-
-    ``columns`` is what the caller's arguments call ``sem2``, ``unc2`` and M.
-    """
+    """The embeddings that are given fit together and suit the metric; ``columns``: see `pairs`."""
     instance("metric", metric, _metric(), "an idml_fast.Metric")
     tensor("sem", sem)
     if unc is None and metric.reads_unc:
@@ -195,6 +196,62 @@ def same_length(sem: Tensor, sem2: Tensor | None) -> None:
         raise ValueError(
             f"sem2 must have {len(sem)} rows like sem when index is None, got {len(sem2)}"
         )
+
+
+def columns_for(k: int, count: int, exclude_self: bool) -> None:
+    """A row has k columns to choose from among ``count``."""
+    most = count - int(exclude_self)
+    if k > most:
+        whose = "number of columns besides the row's own" if exclude_self else "number of columns"
+        raise ValueError(f"k must be at most {most}, the {whose}, got {k}")
+
+
+def draws(seed: Any, largest: bool | None, metric: Metric) -> None:
+    """The other arguments suit columns that are drawn by their distance."""
+    if seed is not None:
+        integer("seed", seed, ">= 0 and below 2**63", lambda seed: 0 <= seed < 2**63)
+    if largest is not None:
+        raise ValueError(f"largest must be None with sample, got {largest}")
+    if metric.form != "distance":
+        raise ValueError(f"metric must be of form 'distance' with sample, got {metric.form!r}")
+
+
+def apart_from_blocks(unc2: Any, labels2: Any) -> None:
+    """Nothing is given beside blocks of columns that they must bring themselves."""
+    if unc2 is not None and not isinstance(unc2, str):
+        raise TypeError(f"unc2 must be part of the blocks of sem2, or {ZERO!r}, got {_kind(unc2)}")
+    if labels2 is not None:
+        raise TypeError(f"labels2 must be part of the blocks of sem2, got {_kind(labels2)}")
+
+
+def block(number: int, value: Any) -> None:
+    """``value`` is a block of columns."""
+    if isinstance(value, Tensor):
+        return
+    parts = "(sem2, unc2) or (sem2, unc2, labels2)"
+    instance(f"block {number} of sem2", value, (tuple, list), f"a torch.Tensor or a tuple {parts}")
+    if not 1 <= len(value) <= 3:
+        raise ValueError(f"block {number} of sem2 must be a tuple {parts}, got {len(value)} items")
+
+
+def without_gradient(**embeddings: Any) -> None:
+    """None of the tensors asks for a gradient that values found in blocks would not have."""
+    for name, x in embeddings.items():
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} must not require a gradient with columns in blocks, whose values have "
+                "none: search under torch.no_grad(), then compare with what was found by paired()"
+            )
+
+
+def array_dtype(name: str, array: Any) -> torch.dtype:
+    """The dtype of an array that is no tensor, as PyTorch calls it."""
+    import numpy
+
+    try:
+        return torch.from_numpy(numpy.empty(0, array.dtype)).dtype
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be of a dtype that PyTorch has, got {array.dtype}") from None
 
 
 def proxy_anchor(metric: Any, margin: Any, alpha: Any) -> None:

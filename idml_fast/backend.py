@@ -15,7 +15,7 @@ from . import _checks
 KERNELS: dict[str, tuple[str, ...]] = {
     "cuda": (),
     "triton": (),
-    "cpu": ("pairwise", "rowstats", "paired"),
+    "cpu": ("pairwise", "rowstats", "paired", "nearest"),
 }
 BACKENDS = (*KERNELS, "reference")
 # Bytes that a forward may keep for its backward, besides what it returns, so that products need not

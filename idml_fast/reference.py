@@ -8,13 +8,17 @@ sources are those of `idml_fast.Metric`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .metric import Metric
 from .stats import Extremum, Statistic
+
+if TYPE_CHECKING:
+    from .nearest import DistanceWeighted
 
 # Pairs whose squared distance is below this share of ||x||^2 + ||y||^2 have lost it to cancellation
 # in ||x||^2 + ||y||^2 - 2 x.y and are recomputed from the differences.
@@ -138,11 +142,16 @@ def nearest(
     largest: bool | None = None,
     exclude_self: bool = False,
     above: Tensor | None = None,  # [N]
+    sample: DistanceWeighted | None = None,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:  # [N, k], [N, k]
     """See `idml_fast.nearest`."""
     scores = pairwise(sem, unc, sem2, unc2, metric=metric)
     largest = metric.larger_is_closer if largest is None else largest
-    return best_columns(scores, k, labels, labels2, where, largest, exclude_self, above)
+    weights = [] if sample is None else sample.weights(sem)
+    return best_columns(
+        scores, k, labels, labels2, where, largest, exclude_self, above, weights, seed
+    )
 
 
 def best_columns(
@@ -154,16 +163,24 @@ def best_columns(
     largest: bool,
     exclude_self: bool,
     above: Tensor | None,  # [N]
+    weights: Sequence[float] = (),  # width, cutoff, upto; none: nothing is drawn
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor]:  # [N, k], [N, k]
     """`nearest` of scores that are already there."""
     looked_at = columns_looked_at(scores, labels, labels2, where, exclude_self=exclude_self)
+    # Neither bound hides a NaN.
     if above is not None:
-        looked_at = looked_at & (scores > above[:, None])
+        looked_at = looked_at & ~(scores <= above[:, None].to(scores.dtype))
+    keys = scores.detach() if largest else -scores.detach()
+    if weights:
+        *_, upto = weights
+        looked_at = looked_at & ~(scores >= upto)
+        keys = _log_weights(scores.detach().double(), *weights) + _gumbel(scores, seed)
     missing = -math.inf if largest else math.inf
     found = min(k, scores.shape[1])
-    # Two stable sorts, by score and then by mask: a tie goes to the smaller column (topk promises
-    # no order), and columns not looked at come last, even behind an infinite score.
-    order = scores.sort(dim=1, descending=largest, stable=True).indices
+    # Two stable sorts, by key and then by mask: a NaN comes first, a tie goes to the smaller column
+    # (topk promises no order), and columns not looked at come last, even behind an infinite score.
+    order = keys.sort(dim=1, descending=True, stable=True).indices
     first = looked_at.gather(1, order).byte().sort(dim=1, descending=True, stable=True).indices
     columns = order.gather(1, first[:, :found])
     chosen = looked_at.gather(1, columns)
@@ -173,6 +190,45 @@ def best_columns(
         torch.nn.functional.pad(values, (0, k - found), value=missing),
         torch.nn.functional.pad(columns, (0, k - found), value=-1),
     )
+
+
+def _log_weights(
+    scores: Tensor,  # [N, M]
+    width: float,
+    cutoff: float,
+    upto: float,
+) -> Tensor:  # [N, M]
+    """``-log q(d)`` of `idml_fast.DistanceWeighted`, up to a constant; any number from upto on."""
+    d = scores.clamp(cutoff).masked_fill(scores >= upto, cutoff)
+    return (2 - width) * d.log() + (3 - width) / 2 * (1 - d.square() / 4).log()
+
+
+def _gumbel(scores: Tensor, seed: int) -> Tensor:  # [N, M], float64
+    """A Gumbel distributed number for each pair: the k largest sums with the logarithms of weights
+    are k draws without replacement (Efraimidis and Spirakis, Weighted Random Sampling with a
+    Reservoir, 2006)."""
+    rows, cols = (torch.arange(n, device=scores.device) for n in scores.shape)
+    words = philox((cols // 4)[None], rows[:, None], int(seed))
+    word = torch.stack(words).gather(0, (cols % 4).expand(1, *scores.shape))[0]
+    return -torch.log(-torch.log1p(-(word.double() + 0.5) / 2**32))
+
+
+def philox(low: Tensor, high: Tensor, key: int) -> tuple[Tensor, ...]:
+    """The four 32-bit words that Philox4x32-10 makes of a counter, in int64.
+
+    The counter's first two words are the halves of ``low``, its last two those of ``high``; the key
+    is 64 bits. Source: Salmon et al., *Parallel Random Numbers: As Easy as 1, 2, 3*, SC 2011.
+    """
+    half = 0xFFFFFFFF
+    halves = [x >> shift & half for x in (low, high) for shift in (0, 32)]
+    a, b, c, d = torch.broadcast_tensors(*halves)
+    for n in range(10):
+        # int64 products wrap around, which leaves their 64 bits as they are.
+        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c
+        key0, key1 = key + n * 0x9E3779B9 & half, (key >> 32) + n * 0xBB67AE85 & half
+        a, b = (second >> 32) & half ^ b ^ key0, second & half
+        c, d = (first >> 32) & half ^ d ^ key1, first & half
+    return a, b, c, d
 
 
 def columns_looked_at(

@@ -175,7 +175,8 @@ def _curves(outcomes: dict[str, Outcome], name: str, label: str) -> str:
 
 def _queries(outcome: Outcome, data: Data, seed: int) -> dict[str, list[dict]]:
     """Queries with their five nearest: some drawn at random, some whose nearest is wrong."""
-    _, columns = nearest(outcome.sem, None, k=5, metric=Metric.plain(), exclude_self=True)
+    k = min(5, len(outcome.sem) - 1)
+    _, columns = nearest(outcome.sem, None, k=k, metric=Metric.plain(), exclude_self=True)
     right = data.test_labels[columns] == data.test_labels[:, None]
     order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed)).tolist()
     wrong = [query for query in order if not right[query, 0]]

@@ -271,16 +271,19 @@ IDML_INLINE void walk_block(const Tile& tile, std::int64_t block, const Epilogue
   }
 }
 
-// The scores of a row, from column `first` on.
+// The scores of a row, from column `first` on; they may be written over the squares.
 template <Form form, class T>
 IDML_INLINE void score_row(const Row<T>& row, std::int64_t first, Metric<T> metric, T* scores) {
-  // `scores` may be the squares' own memory.
+  constexpr bool cosine = form != Form::distance;
+  if (!row.unc) {  // a choice within the loop would keep it from being vectorised
 #pragma omp simd
-  for (std::int64_t j = first; j < row.count; ++j) {
-    const T beta2 = row.unc ? row.unc[j] : T(0);
-    scores[j] =
-        score<form>(row.sem[j], beta2, form == Form::distance ? T(0) : row.versines[j], metric);
+    for (std::int64_t j = first; j < row.count; ++j)
+      scores[j] = score<form>(row.sem[j], T(0), cosine ? row.versines[j] : T(0), metric);
+    return;
   }
+#pragma omp simd
+  for (std::int64_t j = first; j < row.count; ++j)
+    scores[j] = score<form>(row.sem[j], row.unc[j], cosine ? row.versines[j] : T(0), metric);
 }
 
 }  // namespace idml::cpu
