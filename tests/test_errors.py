@@ -266,9 +266,9 @@ MISTAKES = {
         "backend must be one of 'cuda', 'triton', 'cpu', 'reference', got 'gpu'",
     ),
     "backend of paired without a kernel": (
-        listed(backend="cpu"),
+        listed(backend="triton"),
         RuntimeError,
-        "backend 'cpu' cannot serve paired here: it has no kernel for this operation yet",
+        "backend 'triton' cannot serve paired here: it has no kernel for this operation yet",
     ),
     # ----------------------------------------------------------------------------- rowstats
     "labels None": (stats(labels=None), TypeError, "labels must be a torch.Tensor, got None"),

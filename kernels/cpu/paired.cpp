@@ -15,7 +15,7 @@ namespace {
 template <class T>
 struct Item {
   explicit Item(const Side& side)
-      : side(side), sem_memory(side.sem.cols), unc_memory(side.unc.cols) {}
+      : side(side), sem_memory(widened(side.sem)), unc_memory(widened(side.unc)) {}
 
   IDML_INLINE void take(std::int64_t i) {
     sem = vector_of(side.sem, i, sem_memory.data());
@@ -27,16 +27,19 @@ struct Item {
   const T* unc;
 
  private:
+  static bool is_bfloat16(const Matrix& x) { return x.itemsize == sizeof(BFloat16); }
+
+  // How many numbers have to be taken from where they are.
+  static std::int64_t widened(const Matrix& x) {
+    return is_bfloat16(x) || x.col_stride != 1 ? x.cols : 0;
+  }
+
   IDML_INLINE static const T* vector_of(const Matrix& x, std::int64_t i, T* memory) {
-    if (x.itemsize == sizeof(BFloat16)) {
-      for (std::int64_t k = 0; k < x.cols; ++k)
-        memory[k] = x.row<BFloat16>(i)[k * x.col_stride];
-      return memory;
-    }
-    if (x.col_stride == 1)
+    if (!widened(x))
       return x.row<T>(i);
     for (std::int64_t k = 0; k < x.cols; ++k)
-      memory[k] = x.row<T>(i)[k * x.col_stride];
+      memory[k] =
+          is_bfloat16(x) ? T(x.row<BFloat16>(i)[k * x.col_stride]) : x.row<T>(i)[k * x.col_stride];
     return memory;
   }
 
