@@ -22,7 +22,6 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     values, integers, state, kept = empty_results(*arguments)
     walk = Walk(sem, unc, sem2, unc2)
     if kept.shape[1]:
-        _C.advise_huge_pages(matrix(kept))
         walk.keep(kept)
     metric = metric_of(*metric)
     statistics = Statistics(*description)
