@@ -48,7 +48,7 @@ def collect(
     found = [gradient.finish() for gradient in rows + ([] if walk.symmetric else cols)]
     if sums is not None:
         on_diagonal, elsewhere = sums.sum(2)
-        found.append(of_metric(on_diagonal / 2 + elsewhere, metric))
+        found.append(metric_gradient(on_diagonal / 2 + elsewhere, metric))
     return [x for x in found if x is not None]
 
 
@@ -121,7 +121,7 @@ def _gradients(
     return _C.Gradients(native[0], unc, matrix(sums))
 
 
-def of_metric(sums: Tensor, metric: tuple[Any, ...]) -> Tensor:  # [2] -> [2]
+def metric_gradient(sums: Tensor, metric: tuple[Any, ...]) -> Tensor:  # [2] -> [2]
     """The gradient of [tau, gamma], from what the kernels have added up, see gradient.h."""
     learned = metric[2]
     tau, gamma = learned.double()

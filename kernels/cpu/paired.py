@@ -9,7 +9,7 @@ from torch import Tensor
 
 from idml_fast import _C
 
-from .gradient import of_metric
+from .gradient import metric_gradient
 from .tile import matrix, metric_of, threads, vector
 
 
@@ -62,7 +62,7 @@ def backward(
     _gather(row_side, col_side, metric, rows, cols, upstream, sums)
     _gather(col_side, row_side, metric, cols, rows, upstream, None)
     found = row_side.finish() + ([] if sem2 is None else col_side.finish())
-    return [*found, of_metric(sums.sum(1), metric)] if learns else found
+    return [*found, metric_gradient(sums.sum(1), metric)] if learns else found
 
 
 class Side:
