@@ -100,7 +100,7 @@ def proxy_anchor(n, m, peers) -> race.Contestants:
         return torch.log1p(pull).sum() / present + torch.log1p(push).sum() / m
 
     def ours(sem, unc, proxies):
-        return idml_fast.losses.proxy_anchor_loss(sem, unc, labels, proxies, metric=METRIC)
+        return idml_fast.losses.proxy_anchor_loss(sem, unc, labels, proxies=proxies, metric=METRIC)
 
     def products():
         scores = sem.detach() @ proxies.detach().T

@@ -8,6 +8,7 @@ An item has a semantic embedding ``sem`` and an uncertainty embedding ``unc``; a
 from importlib.metadata import version
 
 from . import backend, losses, reference, stats
+from .memory import MemoryBank
 from .metric import Metric
 from .nearest import DistanceWeighted, nearest
 from .paired import paired
@@ -18,6 +19,7 @@ __version__ = version("idml_fast")
 
 __all__ = [
     "DistanceWeighted",
+    "MemoryBank",
     "Metric",
     "backend",
     "losses",

@@ -52,6 +52,11 @@ def finite(name: str, value: Any, kind: str = "a number") -> None:
     number(name, value, "finite", math.isfinite, kind)
 
 
+def positive(name: str, value: Any) -> None:
+    """``value`` is a positive, finite number."""
+    number(name, value, "> 0 and finite", lambda value: 0 < value < math.inf)
+
+
 def integer(name: str, value: Any, wanted: str, holds: Callable[[Any], bool]) -> None:
     """``value`` is an integer that ``holds``."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
@@ -163,6 +168,61 @@ def column_labels(labels2: Any, sem2: Tensor | None) -> None:
         raise TypeError("sem2 must be given together with labels2, got None")
 
 
+def batch(
+    sem: Tensor,  # [N, Ds]
+    unc: Tensor | str | None,  # [N, Du] or "zero"
+    labels_: Tensor,  # [N]
+    sem2: Tensor | None,  # [M, Ds]
+    unc2: Tensor | str | None,  # [M, Du] or "zero"
+    labels2: Tensor | None,  # [M]
+    metric: Metric,
+) -> None:
+    """Rows and columns with their labels fit together and suit the metric."""
+    pairs(sem, unc, sem2, unc2, metric)
+    labels("labels", labels_, sem, "sem")
+    column_labels(labels2, sem2)
+
+
+def remembered(
+    sem: Any,
+    unc: Any,
+    labels_: Any,
+    own_sem: Tensor,  # [size, Ds]
+    own_unc: Tensor | None,  # [size, Du]
+) -> None:
+    """Items fit the memory bank with these buffers."""
+    items = {"sem": (sem, own_sem)} | ({} if own_unc is None else {"unc": (unc, own_unc)})
+    for name, (x, own) in items.items():
+        tensor(name, x)
+        wanted = f"[{'N' if name == 'sem' else len(sem)}, {own.shape[1]}] like the bank's"
+        if x.dim() != 2 or x.shape[1] != own.shape[1] or len(x) != len(sem):
+            raise ValueError(f"{name} must have shape {wanted}, got {_shape(x)}")
+        _device_like(name, x, own, "the bank")
+    labels("labels", labels_, sem, "sem")
+
+
+def same_kind(name: str, value: Any, other: str, like: Any) -> None:
+    """Both are tensors, or neither is."""
+    if isinstance(value, Tensor) != isinstance(like, Tensor):
+        wanted = "a torch.Tensor" if isinstance(like, Tensor) else repr(like)
+        got = _kind(value) if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} must be {wanted} like {other}, got {got}")
+
+
+def boundary(name: str, value: Any, labels: Tensor) -> None:
+    """``value`` is a finite number, a tensor of one, or a vector of one for each class."""
+    if not isinstance(value, Tensor):
+        finite(name, value, "a number or a tensor")
+        return
+    if value.dim() > 1 or value.numel() == 0:
+        raise ValueError(f"{name} must have shape [], [1] or [classes], got {_shape(value)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be of a floating dtype, got {_name(value.dtype)}")
+    _device_like(name, value, labels, "labels")
+    if value.numel() > 1:
+        labels_below("labels", labels, len(value))
+
+
 def vector(name: str, value: Tensor, items: Tensor, items_name: str) -> None:
     """``value`` holds one number for each row of ``items``."""
     tensor(name, value)
@@ -254,16 +314,12 @@ def array_dtype(name: str, array: Any) -> torch.dtype:
         raise TypeError(f"{name} must be of a dtype that PyTorch has, got {array.dtype}") from None
 
 
-def proxy_anchor(metric: Any, margin: Any, alpha: Any) -> None:
-    """The settings suit the Proxy-Anchor loss, whose scores are similarities."""
+def metric_of(loss: str, metric: Any, *forms: str) -> None:
+    """``metric`` is a metric, of one of the ``forms`` that the loss is defined for."""
     instance("metric", metric, _metric(), "an idml_fast.Metric")
-    if not metric.larger_is_closer:
-        raise ValueError(
-            "metric must be of form 'cosine' or 'official' for the Proxy-Anchor loss, "
-            f"got {metric.form!r}"
-        )
-    finite("margin", margin)
-    number("alpha", alpha, "> 0 and finite", lambda alpha: 0 < alpha < math.inf)
+    if metric.form not in forms:
+        wanted = " or ".join(map(repr, forms))
+        raise ValueError(f"metric must be of form {wanted} for {loss}, got {metric.form!r}")
 
 
 def instance(name: str, value: Any, kinds: Any, wanted: str) -> None:

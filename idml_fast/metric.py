@@ -91,6 +91,11 @@ class Metric:
         """Whether the score is a similarity (the cosine forms) and not a distance."""
         return self.form != "distance"
 
+    @property
+    def sign(self) -> int:
+        """1 for a distance, -1 for a similarity: ``sign * score`` grows as items move apart."""
+        return -1 if self.larger_is_closer else 1
+
     def operands(self) -> tuple[float, float, Tensor | None, str]:
         """What the operations take: ``tau``, ``gamma``, both as one tensor ``[2]`` in the place of
         the two numbers if either is a tensor, and ``form``."""

@@ -42,6 +42,12 @@ class DistanceWeighted:
 
     Source: Wu et al., *Sampling Matters in Deep Embedding Learning*, ICCV 2017; the bounds are
     those of pytorch-metric-learning's ``DistanceWeightedMiner``.
+
+    >>> import torch, idml_fast
+    >>> sem = torch.nn.functional.normalize(torch.randn(9, 4))
+    >>> distances, columns = nearest(sem, "zero", k=2, sample=DistanceWeighted(), seed=0)
+    >>> columns.shape
+    torch.Size([9, 2])
     """
 
     width: int | None = None

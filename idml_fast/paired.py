@@ -103,7 +103,7 @@ def _backward_cpu(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
 @torch.library.register_fake("idml_fast::paired")
 def _forward_fake(sem: Tensor, *arguments: Any) -> Tensor:
     rows = arguments[-2]
-    return sem.new_empty(len(sem) if rows is None else len(rows))
+    return sem.new_empty((sem if rows is None else rows).shape[0])
 
 
 @torch.library.register_fake("idml_fast::paired_backward")

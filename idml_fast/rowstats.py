@@ -75,9 +75,7 @@ def rowstats(
     {'positives': tensor([1, 1, 0])}
     """
     sem, unc, sem2, unc2 = autocast(sem, unc, sem2, unc2)
-    _checks.pairs(sem, unc, sem2, unc2, metric)
-    _checks.labels("labels", labels, sem, "sem")
-    _checks.column_labels(labels2, sem2)
+    _checks.batch(sem, unc, labels, sem2, unc2, labels2, metric)
     _checks.instance("stats", stats, Mapping, "a mapping of names to idml_fast.stats")
     for name, stat in stats.items():
         _checks.instance(f"stats[{name!r}]", stat, Statistic, "one of idml_fast.stats")

@@ -5,8 +5,23 @@ import math
 import pytest
 import torch
 
-from idml_fast import Metric, nearest, paired, pairwise, rowstats
-from idml_fast.losses import ProxyAnchorLoss, proxy_anchor_loss
+from idml_fast import MemoryBank, Metric, nearest, paired, pairwise, rowstats
+from idml_fast.losses import (
+    ContrastiveLoss,
+    FastAPLoss,
+    IntrospectiveSoftmax,
+    MarginLoss,
+    MultiSimilarityLoss,
+    NCALoss,
+    NPairsLoss,
+    NTXentLoss,
+    ProxyAnchorLoss,
+    ProxyNCALoss,
+    SupConLoss,
+    TripletMarginLoss,
+    margin_loss,
+    proxy_anchor_loss,
+)
 from idml_fast.stats import HingeSum, Histogram, LogSumExp, Sum
 
 SEM, UNC, SEM2, UNC2 = (torch.ones(shape) for shape in [(4, 8), (4, 3), (6, 8), (6, 3)])
@@ -653,6 +668,176 @@ MISTAKES = {
         ValueError,
         "proxies must have shape [C, 8] like sem [4, 8], got [3, 7]",
     ),
+    "a setting that no loss has": (
+        lambda: ProxyAnchorLoss(3, 7, alhpa=2.0),
+        TypeError,
+        "ProxyAnchorLoss got an unexpected keyword argument 'alhpa'",
+    ),
+    "proxies and a certain item": (
+        anchored(sem2=SEM2, unc2="zero", labels2=LABELS2),
+        TypeError,
+        "unc2 must be a torch.Tensor like unc, got 'zero'",
+    ),
+    "proxies and columns without labels": (
+        anchored(sem2=SEM2, unc2=UNC2),
+        TypeError,
+        "labels2 must be a torch.Tensor, got None",
+    ),
+    "neg_margin a string": (
+        lambda: ContrastiveLoss(neg_margin="1"),
+        TypeError,
+        "neg_margin must be a number, got str",
+    ),
+    "pos_margin infinite": (
+        lambda: ContrastiveLoss(pos_margin=math.inf),
+        ValueError,
+        "pos_margin must be finite, got inf",
+    ),
+    "contrastive of no metric": (
+        lambda: ContrastiveLoss(metric=None),
+        TypeError,
+        "metric must be an idml_fast.Metric, got None",
+    ),
+    "beta of the multi-similarity zero": (
+        lambda: MultiSimilarityLoss(beta=0),
+        ValueError,
+        "beta must be > 0 and finite, got 0",
+    ),
+    "base nan": (
+        lambda: MultiSimilarityLoss(base=math.nan),
+        ValueError,
+        "base must be finite, got nan",
+    ),
+    "epsilon a string": (
+        lambda: MultiSimilarityLoss(epsilon="0.1"),
+        TypeError,
+        "epsilon must be a number or None, got str",
+    ),
+    "mining unknown": (
+        lambda: TripletMarginLoss(mining="easy"),
+        ValueError,
+        "mining must be one of 'all', 'hard', 'semihard', 'semihard_all', got 'easy'",
+    ),
+    "triplets with columns without unc2": (
+        lambda: TripletMarginLoss()(SEM, UNC, LABELS, SEM2, None, LABELS2),
+        TypeError,
+        "unc2 must be given together with unc, got None",
+    ),
+    "sampling unknown": (
+        lambda: MarginLoss(sampling="random"),
+        ValueError,
+        "sampling must be one of 'all', 'distance_weighted', got 'random'",
+    ),
+    "beta nan": (lambda: MarginLoss(beta=math.nan), ValueError, "beta must be finite, got nan"),
+    "beta a matrix": (
+        lambda: margin_loss(SEM, UNC, LABELS, beta=torch.ones(2, 2)),
+        ValueError,
+        "beta must have shape [], [1] or [classes], got [2, 2]",
+    ),
+    "beta of integers": (
+        lambda: margin_loss(SEM, UNC, LABELS, beta=torch.tensor(1)),
+        TypeError,
+        "beta must be of a floating dtype, got int64",
+    ),
+    "beta on another device": (
+        lambda: margin_loss(SEM, UNC, LABELS, beta=torch.ones(3, device=META)),
+        ValueError,
+        "beta must be on cpu like labels, got meta",
+    ),
+    "label beyond the betas": (
+        lambda: MarginLoss(num_classes=2, learn_beta=True)(SEM, UNC, LABELS),
+        ValueError,
+        "labels must be in [0, 2), got values from 0 to 2",
+    ),
+    "classes of the betas zero": (
+        lambda: MarginLoss(num_classes=0),
+        ValueError,
+        "num_classes must be >= 1, got 0",
+    ),
+    "bins zero": (lambda: FastAPLoss(num_bins=0), ValueError, "num_bins must be >= 1, got 0"),
+    "FastAP of cosines": (
+        lambda: FastAPLoss(metric=Metric.paper("cosine")),
+        ValueError,
+        "metric must be of form 'distance' for FastAP, got 'cosine'",
+    ),
+    "temperature zero": (
+        lambda: NTXentLoss(temperature=0.0),
+        ValueError,
+        "temperature must be > 0 and finite, got 0.0",
+    ),
+    "temperature negative": (
+        lambda: SupConLoss(temperature=-0.1),
+        ValueError,
+        "temperature must be > 0 and finite, got -0.1",
+    ),
+    "softmax_scale infinite": (
+        lambda: NCALoss(softmax_scale=math.inf),
+        ValueError,
+        "softmax_scale must be > 0 and finite, got inf",
+    ),
+    "power of Proxy-NCA zero": (
+        lambda: ProxyNCALoss(3, 8, power=0.0),
+        ValueError,
+        "power must be > 0 and finite, got 0.0",
+    ),
+    "n-pairs with labels of floats": (
+        lambda: NPairsLoss()(SEM, UNC, LABELS.float()),
+        TypeError,
+        "labels must be of an integer dtype, got float32",
+    ),
+    "softmax of a distance": (
+        lambda: IntrospectiveSoftmax(3, 8, metric=Metric()),
+        ValueError,
+        "metric must be of form 'cosine' or 'official' for the introspective softmax, "
+        "got 'distance'",
+    ),
+    "class beyond those of the softmax": (
+        lambda: IntrospectiveSoftmax(2, 8)(SEM, UNC, LABELS),
+        ValueError,
+        "labels must be in [0, 2), got values from 0 to 2",
+    ),
+    "logits in training without unc": (
+        lambda: IntrospectiveSoftmax(3, 8).logits(SEM),
+        TypeError,
+        "unc must be a tensor because metric.tau is finite, got None",
+    ),
+    # ------------------------------------------------------------------------------- the bank
+    "bank of size zero": (
+        lambda: MemoryBank(0, 8),
+        ValueError,
+        "size must be >= 1, got 0",
+    ),
+    "bank of no width": (lambda: MemoryBank(4, 8, 0), ValueError, "unc_dim must be >= 1, got 0"),
+    "bank with a float": (
+        lambda: MemoryBank(4.0, 8),
+        TypeError,
+        "size must be an integer, got float",
+    ),
+    "sem of another width than the bank": (
+        lambda: MemoryBank(4, 7, 3).add(SEM, UNC, LABELS),
+        ValueError,
+        "sem must have shape [N, 7] like the bank's, got [4, 8]",
+    ),
+    "unc of another length than sem": (
+        lambda: MemoryBank(4, 8, 3).add(SEM, UNC2, LABELS),
+        ValueError,
+        "unc must have shape [4, 3] like the bank's, got [6, 3]",
+    ),
+    "a bank without its unc": (
+        lambda: MemoryBank(4, 8, 3).add(SEM, None, LABELS),
+        TypeError,
+        "unc must be a torch.Tensor, got None",
+    ),
+    "a bank on another device": (
+        lambda: MemoryBank(4, 8, 3, device=META).add(SEM, UNC, LABELS),
+        ValueError,
+        "sem must be on meta like the bank, got cpu",
+    ),
+    "a bank with labels of floats": (
+        lambda: MemoryBank(4, 8, 3).add(SEM, UNC, LABELS.float()),
+        TypeError,
+        "labels must be of an integer dtype, got float32",
+    ),
 }
 
 
@@ -686,4 +871,4 @@ def test_widths_of_sem_and_unc_may_differ():
 
 def test_empty_inputs_are_no_mistake():
     assert pairwise(SEM[:0], UNC[:0], SEM2, UNC2).shape == (0, 6)
-    assert proxy_anchor_loss(SEM[:0], UNC[:0], LABELS[:0], PROXIES) == 0
+    assert proxy_anchor_loss(SEM[:0], UNC[:0], LABELS[:0], proxies=PROXIES) == 0

@@ -17,7 +17,10 @@ MODULES = [
     for module in pkgutil.walk_packages(idml_fast.__path__, "idml_fast.")
     if not any(part.startswith("_") for part in module.name.split("."))
 ]
-FUNCTIONS = ["pairwise", "rowstats", "paired", "nearest", "Metric", "losses.ProxyAnchorLoss"]
+FUNCTIONS = [
+    *(name for name in idml_fast.__all__ if callable(getattr(idml_fast, name))),
+    *(f"losses.{name}" for name in idml_fast.losses.__all__ if name[0].isupper()),
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -123,13 +123,14 @@ def test_the_uncertainty_is_alive(finished):
 
 def test_training_goes_through_the_library(tmp_path, monkeypatch):
     seen = []
-    rowstats = losses.rowstats
+    rowstats = losses.proxies.rowstats
 
     def watched(*arguments, **named):
-        seen.append(named["metric"])
+        if len(arguments[2]):  # a loss checks its settings with no items
+            seen.append(named["metric"])
         return rowstats(*arguments, **named)
 
-    monkeypatch.setattr(losses, "rowstats", watched)
+    monkeypatch.setattr(losses.proxies, "rowstats", watched)
     config = tiny(tmp_path)
     trained(config, config.metric)
     steps = -(-len(load_data(config.data).train_images) // config.data.batch_size)
