@@ -5,6 +5,8 @@ import importlib
 import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -47,3 +49,14 @@ def test_the_python_blocks_of_the_readme_run_in_order(tmp_path, monkeypatch):
     namespace = {"__name__": "readme"}
     for number, block in enumerate(blocks, 1):
         exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem
+)
+def test_an_example_learns_to_find_unseen_digits(path, tmp_path):
+    assert len(path.read_text().splitlines()) < 40
+    ran = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = re.search(r"Recall@1 among unseen digits: ([0-9.]+)%", ran.stdout)
+    assert float(found[1]) > 90  # by chance 20
