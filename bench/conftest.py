@@ -64,6 +64,13 @@ def race_case(benchmark, pytestconfig):
     return run
 
 
+def pytest_sessionfinish(session):
+    """Under --check a median that misses its bar fails the run, as a case does."""
+    missed = not all(met for _, met in race.medians(session.config.stash[RESULTS]).values())
+    if missed and session.config.getoption("--check") and session.exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.hookimpl(trylast=True)  # below pytest-benchmark's own table
 def pytest_terminal_summary(terminalreporter, config):
     results = config.stash[RESULTS]
@@ -74,6 +81,8 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("idml_fast against its peers")
     terminalreporter.write_line(", ".join(f"{what} {value}" for what, value in about.items()))
     terminalreporter.write_line(race.table(results))
+    for text, _ in race.medians(results).values():
+        terminalreporter.write_line(f"\n{text}")
     folder = config.getoption("--record")
     if folder is not None:
         terminalreporter.write_line(f"\nrecorded in {record(results, about, folder)}")
@@ -115,5 +124,7 @@ def record(results: list[race.Result], about: dict[str, str | float], folder: Pa
         for result in results
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, "cases": cases}, indent=1) + "\n")
+    medians = [text for text, _ in race.medians(results).values()]
+    text = json.dumps({**about, "cases": cases, "medians": medians}, indent=1)
+    path.write_text(text + "\n")
     return path

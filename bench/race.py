@@ -27,6 +27,16 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
+class Median:
+    """What the median over several cases is held to."""
+
+    title: str
+    peer: str
+    time: float  # the largest ratio ours / peer
+    memory: float  # the largest ratio of what each takes beyond inputs and results
+
+
+@dataclass(frozen=True)
 class Case:
     """One op at one size. A second process builds it again: `build` must be importable by name."""
 
@@ -38,6 +48,7 @@ class Case:
     bars: dict[str, float] = field(default_factory=dict)  # peer: the largest ratio ours / peer
     memory_bar: float | None = None  # MiB that ours must stay under, beyond inputs and results
     rounds: int | None = None  # None: as many as the session asks for; 0: `run_once`
+    median: Median | None = None  # that this case is part of
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,10 @@ class Result:
         """What ours takes as a fraction of what `peer` takes."""
         rounds = zip(self.seconds["ours"], self.seconds[peer], strict=True)
         return statistics.median(ours / other for ours, other in rounds)
+
+    def memory_ratio(self, peer: str) -> float:
+        """What ours takes of memory as a fraction of what `peer` takes."""
+        return self.extra["ours"] / self.extra[peer]
 
     def verdicts(self) -> dict[str, tuple[str, bool]]:
         """Contestant: the bar that its line of the table is held to, and whether it is met."""
@@ -174,6 +189,26 @@ def table(results: list[Result]) -> str:
                 )
             )
     return "\n".join(lines)
+
+
+def medians(results: list[Result]) -> dict[str, tuple[str, bool]]:
+    """In words, every median over cases, and whether it meets its bars; by title."""
+    found = {}
+    for median in dict.fromkeys(result.case.median for result in results if result.case.median):
+        cases = [result for result in results if result.case.median == median]
+        ratios = {"time": (median.time, [case.ratio(median.peer) for case in cases])}
+        if all(case.extra for case in cases):
+            memory = [case.memory_ratio(median.peer) for case in cases]
+            ratios["memory"] = (median.memory, memory)
+        middle = {what: statistics.median(values) for what, (_, values) in ratios.items()}
+        told = ", ".join(
+            f"{what} {middle[what]:.2f} (bar {bar:.2f})" for what, (bar, _) in ratios.items()
+        )
+        met = all(middle[what] <= bar for what, (bar, _) in ratios.items())
+        verdict = "met" if met else "MISSED"
+        text = f"median over {len(cases)} {median.title}, ours to {median.peer}: {told}: {verdict}"
+        found[median.title] = text, met
+    return found
 
 
 def line(who: str, *cells: str) -> str:

@@ -67,6 +67,30 @@ def test_memory_bar(race, extra, met):
     assert result.verdicts() == {"ours": ("under 64 MiB", met)}
 
 
+@pytest.mark.parametrize(
+    ("times", "extra", "met"),
+    [([1, 2, 9], [1, 1, 9], True), ([1, 9, 9], [1, 1, 1], False), ([1, 1, 1], [9, 9, 1], False)],
+)
+def test_the_median_over_cases(race, times, extra, met):
+    median = race.Median("cases", "peer", time=0.25, memory=0.125)
+    results = [
+        race.Result(
+            race.Case(str(k), dict, (2, 2), ("peer",), flop=1.0, median=median),
+            {"ours": [float(seconds)], "peer": [10.0]},
+            {"ours": mib, "peer": 10},
+        )
+        for k, (seconds, mib) in enumerate(zip(times, extra, strict=True))
+    ]
+    results.append(result_of(race, ours=[1.0], peer=[1.0], extra=1))  # part of no median
+    ((text, found),) = race.medians(results).values()
+    assert found == met
+    middle = sorted(times)[1] / 10, sorted(extra)[1] / 10
+    assert text == (
+        f"median over 3 cases, ours to peer: time {middle[0]:.2f} (bar 0.25), "
+        f"memory {middle[1]:.2f} (bar 0.12): {'met' if met else 'MISSED'}"
+    )
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read on Linux")
 def test_memory_counts_what_is_dropped_but_not_results(race):
     def call():

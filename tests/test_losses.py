@@ -1,5 +1,7 @@
 """The losses: golden values, other people's definitions, gradients, edges, what they promise."""
 
+import copy
+import inspect
 import math
 
 import pytest
@@ -9,6 +11,7 @@ from conftest import assert_accurate, assert_equals_in_double, draw, golden_name
 from pytorch_metric_learning import miners
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import idml_fast
 from idml_fast import DistanceWeighted, MemoryBank, Metric, losses, nearest, pairwise
@@ -534,12 +537,7 @@ def test_autocast_gives_float32_losses_by_the_rule(eager):
         loss = make()
         # Such that the cast changes nothing, and the truth is the same problem.
         items = [x.bfloat16().float() if x.is_floating_point() else x for x in batch()]
-        truth = eager(make().double() if list(loss.parameters()) else loss, *map(wide, items))
-        if list(loss.parameters()):
-            rounded = {k: x.bfloat16().double() for k, x in loss.state_dict().items()}
-            exact = make().double()
-            exact.load_state_dict(rounded)
-            truth = eager(exact, *map(wide, items))
+        truth = eager(copy.deepcopy(loss).double(), *map(wide, items))
         ours, by_eager = evaluate(autocast(loss), *items), eager(autocast(loss), *items)
         assert ours["value"].dtype == torch.float32
         assert all(x.dtype == torch.float32 for x in ours.values())
@@ -612,8 +610,6 @@ def test_print_shows_the_settings():
 
 
 def test_help_shows_the_settings():
-    import inspect
-
     signature = inspect.signature(losses.ContrastiveLoss)
     assert list(signature.parameters) == ["pos_margin", "neg_margin", "metric"]
     assert signature.parameters["neg_margin"].default == 1.0
@@ -647,7 +643,7 @@ def test_memory_does_not_hold_the_pairs(name):
     labels = torch.arange(4000) // 4
     sizes = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             found = function(*args, **(kwargs or {}))
             for x in found if isinstance(found, (tuple, list)) else [found]:
@@ -657,8 +653,8 @@ def test_memory_does_not_hold_the_pairs(name):
 
     with pytest.MonkeyPatch.context() as patch, Watch():
         patch.setattr(idml_fast.backend, "workspace", 0)
-        sem.requires_grad_()
-        if name.startswith("margin_learned"):
-            labels = labels % 6
-        loss(sem, unc, labels).backward()
-    assert max(sizes) < 4000 * 4000
+        if name == "margin_learned":  # one class each, of six
+            loss = losses.MarginLoss(learn_beta=True, num_classes=1000)
+        loss(sem.requires_grad_(), unc, labels).backward()
+    # Embeddings are the largest of what is left, and the statistics of each positive.
+    assert 0 < max(sizes) < 4000 * 100 * 4

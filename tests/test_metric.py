@@ -43,6 +43,7 @@ def test_only_a_finite_tau_reads_unc(form):
 
 def test_what_is_closer():
     assert [Metric(form=form).larger_is_closer for form in FORMS] == [False, True, True]
+    assert [Metric(form=form).sign for form in FORMS] == [1, -1, -1]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,0 +1,150 @@
+"""Every loss beside the one of pytorch-metric-learning on our dense distance.
+
+Both compare a batch with itself (the losses with proxies: with the proxies), four items of each
+class. Theirs has the N x M scores from `idml_fast.pairwise`, so that what differs is the loss.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import race
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from idml_fast import losses
+
+pml = pytest.importorskip("pytorch_metric_learning.losses", reason="the peer is not installed")
+from idml_fast.interop import IntrospectiveDistance, IntrospectiveSimilarity, join  # noqa: E402
+from pytorch_metric_learning import miners  # noqa: E402
+
+D = 512  # width of both embeddings
+OF_A_CLASS = 4
+MEDIAN = race.Median("losses", "pml", time=0.5, memory=0.1)
+
+
+def distance(power: int = 1) -> IntrospectiveDistance:
+    return IntrospectiveDistance(D, power=power)
+
+
+def similarity() -> IntrospectiveSimilarity:
+    return IntrospectiveSimilarity(D)
+
+
+class Mined(nn.Module):
+    """A loss of theirs on the tuples that a miner of theirs finds."""
+
+    def __init__(self, loss: nn.Module, miner: nn.Module) -> None:
+        super().__init__()
+        self.loss, self.miner = loss, miner
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        return self.loss(embeddings, labels, self.miner(embeddings, labels))
+
+
+# Ours and theirs, each made for a number of classes.
+Pair = tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]
+SECONDS: dict[str, Pair] = {
+    "Proxy-Anchor": (
+        lambda classes: losses.ProxyAnchorLoss(classes, D, proxy_unc="learned"),
+        lambda classes: pml.ProxyAnchorLoss(classes, 2 * D, distance=similarity()),
+    ),
+    "Proxy-NCA": (
+        lambda classes: losses.ProxyNCALoss(classes, D, proxy_unc="learned"),
+        lambda classes: pml.ProxyNCALoss(classes, 2 * D, distance=distance(power=2)),
+    ),
+    "Multi-Similarity": (
+        lambda _: losses.MultiSimilarityLoss(),
+        lambda _: pml.MultiSimilarityLoss(distance=similarity()),
+    ),
+    "Multi-Similarity, mined": (
+        lambda _: losses.MultiSimilarityLoss(epsilon=0.1),
+        lambda _: Mined(
+            pml.MultiSimilarityLoss(distance=similarity()),
+            miners.MultiSimilarityMiner(0.1, distance=similarity()),
+        ),
+    ),
+    "Contrastive": (
+        lambda _: losses.ContrastiveLoss(),
+        lambda _: pml.ContrastiveLoss(distance=distance()),
+    ),
+    "Triplet, hard": (
+        lambda _: losses.TripletMarginLoss(mining="hard"),
+        lambda _: Mined(
+            pml.TripletMarginLoss(distance=distance()), miners.BatchHardMiner(distance=distance())
+        ),
+    ),
+    "FastAP": (
+        lambda _: losses.FastAPLoss(),
+        lambda _: pml.FastAPLoss(distance=distance(power=2)),
+    ),
+    "N-pair": (lambda _: losses.NPairsLoss(), lambda _: pml.NPairsLoss(distance=similarity())),
+    "NCA": (lambda _: losses.NCALoss(), lambda _: pml.NCALoss(distance=distance())),
+    "SupCon": (lambda _: losses.SupConLoss(), lambda _: pml.SupConLoss(distance=similarity())),
+}
+MINUTES: dict[str, Pair] = {  # theirs list 50 million triplets, or draw them class by class
+    "Triplet, all": (
+        lambda _: losses.TripletMarginLoss(),
+        lambda _: pml.TripletMarginLoss(distance=distance()),
+    ),
+    "Triplet, semi-hard": (
+        lambda _: losses.TripletMarginLoss(margin=0.2, mining="semihard_all"),
+        lambda _: Mined(
+            pml.TripletMarginLoss(0.2, distance=distance()),
+            miners.TripletMarginMiner(0.2, "semihard", distance=distance()),
+        ),
+    ),
+    "Margin, all": (
+        lambda _: losses.MarginLoss(),
+        lambda _: pml.MarginLoss(distance=distance()),
+    ),
+    "Margin, distance-weighted": (
+        lambda _: losses.MarginLoss(sampling="distance_weighted"),
+        lambda _: Mined(
+            pml.MarginLoss(distance=distance()), miners.DistanceWeightedMiner(distance=distance())
+        ),
+    ),
+}
+# Theirs has a matrix of positive pairs x negative pairs: 206 GB at 4096 rows.
+ALONE: dict[str, Pair] = {"NT-Xent": (lambda _: losses.NTXentLoss(), lambda _: pml.NTXentLoss())}
+LOSSES = SECONDS | MINUTES | ALONE
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss(race_case, rows, full, name):
+    if name in MINUTES and not full:
+        pytest.skip("pytorch-metric-learning takes minutes for this loss: --full")
+    classes = rows // OF_A_CLASS
+    columns = classes if name.startswith("Proxy") else rows
+    race_case(
+        race.Case(
+            title=f"{name}, forward + backward, fp32, {rows} x {columns}, D = {D}",
+            build=partial(contestants, name=name),
+            shape=(rows, columns),
+            peers=() if name in ALONE else ("pml",),
+            # Two Gram products forward and two gradients of each, on either side: of rows against
+            # themselves both sides are one product.
+            flop=(4 if columns == rows else 6) * 2.0 * rows * columns * D,
+            rounds=0 if name in MINUTES else None,
+            median=MEDIAN if full and rows == 4096 and name not in ALONE else None,
+        )
+    )
+
+
+def contestants(n: int, m: int, peers: tuple[str, ...], *, name: str) -> race.Contestants:
+    torch.manual_seed(0)
+    sem, unc = F.normalize(torch.randn(n, D)), torch.randn(n, D) / D**0.5
+    labels = torch.arange(n) // OF_A_CLASS
+    make_ours, make_theirs = LOSSES[name]
+    items = [sem.requires_grad_(), unc.requires_grad_()]
+
+    def step(loss: nn.Module, arguments: Callable[[], tuple[Tensor, ...]]) -> race.Call:
+        leaves = [*items, *loss.parameters()]
+        return lambda: torch.autograd.grad(loss(*arguments(), labels), leaves)
+
+    found = {"ours": step(make_ours(len(labels) // OF_A_CLASS), lambda: (sem, unc))}
+    if "pml" in peers:
+        theirs = make_theirs(len(labels) // OF_A_CLASS)
+        found["pml"] = step(theirs, lambda: (join(sem, unc),))
+    return found
