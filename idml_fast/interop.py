@@ -152,8 +152,9 @@ class IntrospectiveDistance(_OfJoint, LpDistance):
 
     ``forward(query_emb, ref_emb=None)`` is `idml_fast.pairwise` on the two parts, which it reads
     where they are; a batch against itself takes half the products, and its diagonal is exactly 0.
-    ``pairwise_distance(query_emb, ref_emb)`` is `idml_fast.paired`. ``normalize`` and ``get_norm``
-    mean the semantic part only, so statistics (``collect_stats=True``) do too.
+    ``pairwise_distance(query_emb, ref_emb)`` is `idml_fast.paired`. Both return the dtype of the
+    embeddings, under autocast too. ``normalize`` and ``get_norm`` mean the semantic part only, so
+    statistics (``collect_stats=True``) do too.
 
     An ``LpDistance`` to whoever demands one. But what a loss computes from the embeddings itself
     knows nothing of their parts: ``AngularLoss`` and ``AngularMiner`` take the joint embedding for
