@@ -11,8 +11,9 @@ from idml_fast import losses, nearest
 class TwoHeaded(nn.Module):
     def __init__(self):
         super().__init__()
-        self.trunk = nn.Sequential(nn.Conv2d(1, 64, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
-        self.sem, self.unc = nn.Linear(256, 64), nn.Linear(256, 16)
+        convolutions = nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU()
+        self.trunk = nn.Sequential(*convolutions, nn.MaxPool2d(2), nn.Flatten())
+        self.sem, self.unc = nn.Linear(256, 8), nn.Linear(256, 4)
 
     def forward(self, images):
         x = self.trunk(images)
@@ -24,7 +25,7 @@ images, labels = (torch.tensor(x) for x in load_digits(return_X_y=True))
 images, seen = images.float().view(-1, 1, 8, 8) / 16, labels < 5
 model, loss = TwoHeaded(), losses.MultiSimilarityLoss()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-for _ in range(10):
+for _ in range(5):
     for batch in seen.nonzero()[:, 0][torch.randperm(int(seen.sum()))].split(120):
         optimizer.zero_grad()
         sem, unc = model(images[batch])

@@ -322,6 +322,30 @@ def metric_of(loss: str, metric: Any, *forms: str) -> None:
         raise ValueError(f"metric must be of form {wanted} for {loss}, got {metric.form!r}")
 
 
+def lp(p: Any) -> None:
+    """The exponent of a norm is that of `Metric`."""
+    if p != 2:
+        raise ValueError(f"p must be 2, since the metric's distances are Euclidean, got {p}")
+
+
+def parts(sem: Any, unc: Any) -> None:
+    """Both parts of joint embeddings are there, for the same items."""
+    for name, x in {"sem": sem, "unc": unc}.items():
+        tensor(name, x)
+        if x.dim() != 2:
+            raise ValueError(f"{name} must have shape [items, width], got {_shape(x)}")
+    _shape_like("unc", unc, "sem", sem, [sem.shape[0], "Du"])
+
+
+def joint(name: str, value: Any, sem_dim: int, dim: int = 1, *, has_unc: bool = False) -> None:
+    """``value`` has the semantic part of joint embeddings along ``dim``, and perhaps the other."""
+    tensor(name, value)
+    if value.shape[dim] < sem_dim + has_unc:
+        wanted = f"sem_dim = {sem_dim}"
+        wanted = f"wider than {wanted}, [sem | unc]" if has_unc else f"at least as wide as {wanted}"
+        raise ValueError(f"{name} must be {wanted}, got {_shape(value)}")
+
+
 def instance(name: str, value: Any, kinds: Any, wanted: str) -> None:
     """``value`` is an instance of one of ``kinds``."""
     if not isinstance(value, kinds):

@@ -59,4 +59,4 @@ def test_an_example_learns_to_find_unseen_digits(path, tmp_path):
     ran = subprocess.run([sys.executable, path], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     found = re.search(r"Recall@1 among unseen digits: ([0-9.]+)%", ran.stdout)
-    assert float(found[1]) > 90  # by chance 20
+    assert float(found[1]) > 75  # by chance 20, before training about 70
