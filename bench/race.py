@@ -42,7 +42,7 @@ class Case:
 
     title: str
     build: Callable[..., Contestants]  # called as build(*shape, peers): ours, then the peers
-    shape: tuple[int, ...]  # (N, M)
+    shape: tuple[int, ...]  # such as (N, M)
     peers: tuple[str, ...]
     flop: float  # of one call, in the matrix products that the definition asks for
     bars: dict[str, float] = field(default_factory=dict)  # peer: the largest ratio ours / peer
