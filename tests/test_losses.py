@@ -613,6 +613,8 @@ def test_help_shows_the_settings():
     signature = inspect.signature(losses.ContrastiveLoss)
     assert list(signature.parameters) == ["pos_margin", "neg_margin", "metric"]
     assert signature.parameters["neg_margin"].default == 1.0
+    shown = list(inspect.signature(losses.ntxent_loss).parameters)
+    assert shown == ["sem", "unc", "labels", "sem2", "unc2", "labels2", "temperature", "metric"]
     shown = list(inspect.signature(losses.ProxyNCALoss).parameters)
     assert shown[:3] == ["num_classes", "sem_dim", "unc_dim"]
     assert "softmax_scale" in shown

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from .. import _checks
 from ..metric import Metric
 from ..pairwise import pairwise
+from ._loss import Pairs, loss_function
 from .proxies import ProxyLoss, proxy_nca_loss
 
 
+@loss_function
 def introspective_softmax_loss(
-    sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
-    labels: Tensor,  # [N]
-    sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
-    labels2: Tensor | None = None,  # [M]
+    pairs: Pairs,
     *,
     proxies: Tensor,  # [C, Ds]
     proxies_unc: Tensor | None = None,  # [C, Du]
@@ -27,9 +22,8 @@ def introspective_softmax_loss(
 ) -> Tensor:  # []
     """The cross-entropy of `IntrospectiveSoftmax`; ``proxies_unc=None`` stands for zeros."""
     _checks.metric_of("the introspective softmax", metric, "cosine", "official")
-    items = sem, unc, labels, sem2, unc2, labels2
-    settings: dict[str, Any] = {"softmax_scale": softmax_scale, "power": 1.0, "metric": metric}
-    return proxy_nca_loss(*items, proxies=proxies, proxies_unc=proxies_unc, **settings)
+    proxy = {"proxies": proxies, "proxies_unc": proxies_unc}
+    return proxy_nca_loss(*pairs, **proxy, softmax_scale=softmax_scale, power=1.0, metric=metric)
 
 
 class IntrospectiveSoftmax(ProxyLoss, function=introspective_softmax_loss):

@@ -9,22 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _checks
-from .._operands import autocast
 from ..metric import FORMS, Metric
-from ..paired import paired
-from ..rowstats import rowstats
 from ..stats import Count, LogSumExp, Sum
-from ._module import Loss
+from ._loss import Loss, Pairs, loss_function
 from ._positives import listed, positives
 
 
+@loss_function
 def nca_loss(
-    sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
-    labels: Tensor,  # [N]
-    sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
-    labels2: Tensor | None = None,  # [M]
+    pairs: Pairs,
     *,
     softmax_scale: float = 1.0,
     power: float = 1.0,
@@ -34,15 +27,9 @@ def nca_loss(
     _checks.metric_of("NCA", metric, *FORMS)
     _checks.positive("softmax_scale", softmax_scale)
     closeness = {"scale": -metric.sign * softmax_scale, "power": power}
-    found = rowstats(
-        sem,
-        unc,
-        sem2,
-        unc2,
-        labels=labels,
-        labels2=labels2,
-        metric=metric,
-        stats={
+    found = pairs.rowstats(
+        metric,
+        {
             "own": LogSumExp(where="same", **closeness),
             "every": LogSumExp(where="any", **closeness),
         },
@@ -76,13 +63,9 @@ class NCALoss(Loss, function=nca_loss):
     """
 
 
+@loss_function
 def supcon_loss(
-    sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
-    labels: Tensor,  # [N]
-    sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
-    labels2: Tensor | None = None,  # [M]
+    pairs: Pairs,
     *,
     temperature: float = 0.1,
     metric: Metric = Metric.paper("cosine"),
@@ -91,15 +74,9 @@ def supcon_loss(
     _checks.metric_of("the supervised contrastive loss", metric, *FORMS)
     _checks.positive("temperature", temperature)
     scale = -metric.sign / temperature
-    found = rowstats(
-        sem,
-        unc,
-        sem2,
-        unc2,
-        labels=labels,
-        labels2=labels2,
-        metric=metric,
-        stats={
+    found = pairs.rowstats(
+        metric,
+        {
             "every": LogSumExp(where="any", scale=scale),
             "positive": Sum(where="same"),
             "positives": Count(where="same"),
@@ -135,13 +112,9 @@ class SupConLoss(Loss, function=supcon_loss):
     """
 
 
+@loss_function
 def ntxent_loss(
-    sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
-    labels: Tensor,  # [N]
-    sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
-    labels2: Tensor | None = None,  # [M]
+    pairs: Pairs,
     *,
     temperature: float = 0.07,
     metric: Metric = Metric.paper("cosine"),
@@ -151,11 +124,10 @@ def ntxent_loss(
     _checks.positive("temperature", temperature)
     scale = -metric.sign / temperature
     stats = {"push": LogSumExp(where="different", scale=scale)}
-    batch = {"labels": labels, "labels2": labels2, "metric": metric}
-    push = rowstats(sem, unc, sem2, unc2, **batch, stats=stats)["push"]
-    table = positives(labels, labels2)
+    push = pairs.rowstats(metric, stats)["push"]
+    table = positives(pairs.labels, pairs.labels2)
     rows, cols = listed(table)
-    pull = scale * paired(sem, unc, sem2, unc2, index=(rows, cols), metric=metric).to(push.dtype)
+    pull = scale * pairs.paired(metric, (rows, cols))
     # -log(e^pull / (e^pull + e^push)), exact beyond PyTorch's own threshold of 20 as well.
     return F.softplus(push[rows] - pull, threshold=40.0).sum() / (table >= 0).sum().clamp_min(1)
 
@@ -187,37 +159,27 @@ class NTXentLoss(Loss, function=ntxent_loss):
     """
 
 
+@loss_function
 def npairs_loss(
-    sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
-    labels: Tensor,  # [N]
-    sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
-    labels2: Tensor | None = None,  # [M]
+    pairs: Pairs,
     *,
     metric: Metric = Metric.paper("cosine"),
 ) -> Tensor:  # []
     """The N-pair loss, see `NPairsLoss`."""
     _checks.metric_of("the N-pair loss", metric, *FORMS)
-    sem, unc, sem2, unc2 = autocast(sem, unc, sem2, unc2)
-    _checks.batch(sem, unc, labels, sem2, unc2, labels2, metric)
+    sem, unc, labels, sem2, unc2, labels2 = pairs.checked(metric)
     first = positives(labels, labels2)[:, :1].flatten()  # none at all if no row has one
     in_order, order = labels.long().sort(stable=True)
     anchors = order[in_order.diff(prepend=in_order[:1] - 1) != 0]
     anchors = anchors[first[anchors] >= 0] if len(first) else anchors[:0]
     columns = first[anchors]
-    cols, unc_cols = (sem, unc) if sem2 is None else (sem2, unc2)
+    other, other_unc = (sem, unc) if sem2 is None else (sem2, unc2)
     classes = torch.arange(len(anchors), device=labels.device)
+    rows = sem[anchors], _rows(unc, anchors), classes
     closeness = {"scale": -metric.sign}
-    found = rowstats(
-        sem[anchors],
-        _rows(unc, anchors),
-        cols[columns],
-        _rows(unc_cols, columns),
-        labels=classes,
-        labels2=classes,
-        metric=metric,
-        stats={
+    found = Pairs(*rows, other[columns], _rows(other_unc, columns), classes).rowstats(
+        metric,
+        {
             "own": LogSumExp(where="same", **closeness),
             "every": LogSumExp(where="any", **closeness),
         },

@@ -8,18 +8,13 @@ from torch.nn import functional as F
 
 from .. import _checks
 from ..metric import FORMS, Metric
-from ..rowstats import rowstats
 from ..stats import HingeCount, HingeSum, LogSumExp, Max, Min
-from ._module import Loss
+from ._loss import Loss, Pairs, loss_function
 
 
+@loss_function
 def contrastive_loss(
-    sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
-    labels: Tensor,  # [N]
-    sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
-    labels2: Tensor | None = None,  # [M]
+    pairs: Pairs,
     *,
     pos_margin: float = 0.0,
     neg_margin: float = 1.0,
@@ -31,15 +26,9 @@ def contrastive_loss(
     _checks.finite("neg_margin", neg_margin)
     pull = {"where": "same", "scale": metric.sign, "threshold": pos_margin}
     push = {"where": "different", "scale": -metric.sign, "threshold": neg_margin}
-    found = rowstats(
-        sem,
-        unc,
-        sem2,
-        unc2,
-        labels=labels,
-        labels2=labels2,
-        metric=metric,
-        stats={
+    found = pairs.rowstats(
+        metric,
+        {
             "pull": HingeSum(**pull),
             "pulled": HingeCount(**pull),
             "push": HingeSum(**push),
@@ -79,13 +68,9 @@ class ContrastiveLoss(Loss, function=contrastive_loss):
     """
 
 
+@loss_function
 def multi_similarity_loss(
-    sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
-    labels: Tensor,  # [N]
-    sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
-    labels2: Tensor | None = None,  # [M]
+    pairs: Pairs,
     *,
     alpha: float = 2.0,
     beta: float = 50.0,
@@ -99,14 +84,13 @@ def multi_similarity_loss(
     _checks.positive("beta", beta)
     _checks.finite("base", base)
     sign = metric.sign
-    batch = {"labels": labels, "labels2": labels2, "metric": metric}
     pulled, pushed = {}, {}  # the windows of the scores that count
     if epsilon is not None:
         _checks.finite("epsilon", epsilon, "a number or None")
         closest, farthest = (Min, Max) if sign > 0 else (Max, Min)
         hardest = {"positive": farthest(where="same"), "negative": closest(where="different")}
         with torch.no_grad():
-            found = rowstats(sem, unc, sem2, unc2, **batch, stats=hardest)
+            found = pairs.rowstats(metric, hardest)
         beyond, within = ("above", "below") if sign > 0 else ("below", "above")
         pulled = {beyond: found["negative"].values - sign * epsilon}
         pushed = {within: found["positive"].values + sign * epsilon}
@@ -114,11 +98,11 @@ def multi_similarity_loss(
         "pull": LogSumExp(where="same", scale=sign * alpha, shift=base, **pulled),
         "push": LogSumExp(where="different", scale=-sign * beta, shift=base, **pushed),
     }
-    found = rowstats(sem, unc, sem2, unc2, **batch, stats=stats)
+    found = pairs.rowstats(metric, stats)
     # log(1 + sum exp) is the softplus of the log-sum-exp, and 0 for a row without columns. Above
     # its threshold PyTorch leaves out exp(-x), which at its own 20 is far more than float64 rounds.
     pull, push = (F.softplus(found[name], threshold=40.0) for name in ("pull", "push"))
-    return (pull / alpha + push / beta).sum() / max(1, len(sem))
+    return (pull / alpha + push / beta).sum() / max(1, len(pairs.sem))
 
 
 class MultiSimilarityLoss(Loss, function=multi_similarity_loss):

@@ -11,18 +11,13 @@ from torch.nn import functional as F
 from .. import _checks
 from .._operands import autocast
 from ..metric import FORMS, Metric
-from ..rowstats import rowstats
 from ..stats import Count, LogSumExp
-from ._module import Loss
+from ._loss import Loss, Pairs, loss_function
 
 
+@loss_function
 def proxy_anchor_loss(
-    sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
-    labels: Tensor,  # [N]
-    sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
-    labels2: Tensor | None = None,  # [M]
+    pairs: Pairs,
     *,
     proxies: Tensor,  # [C, Ds]
     proxies_unc: Tensor | None = None,  # [C, Du]
@@ -34,16 +29,10 @@ def proxy_anchor_loss(
     _checks.metric_of("the Proxy-Anchor loss", metric, "cosine", "official")
     _checks.finite("margin", margin)
     _checks.positive("alpha", alpha)
-    items, anchors = _sides(
-        (sem, unc, labels), (sem2, unc2, labels2), (proxies, proxies_unc), metric
-    )
-    found = rowstats(
-        *anchors[:2],
-        *items[:2],
-        labels=anchors[2],
-        labels2=items[2],
-        metric=metric,
-        stats={
+    items, anchors = _sides(pairs, proxies, proxies_unc, metric)
+    found = Pairs(*anchors, *items).rowstats(
+        metric,
+        {
             "pull": LogSumExp(where="same", scale=-alpha, shift=margin),
             "push": LogSumExp(where="different", scale=alpha, shift=-margin),
             "positives": Count(where="same"),
@@ -56,13 +45,9 @@ def proxy_anchor_loss(
     return pull.sum() / with_positives + push.sum() / max(1, len(proxies))
 
 
+@loss_function
 def proxy_nca_loss(
-    sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
-    labels: Tensor,  # [N]
-    sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
-    labels2: Tensor | None = None,  # [M]
+    pairs: Pairs,
     *,
     proxies: Tensor,  # [C, Ds]
     proxies_unc: Tensor | None = None,  # [C, Du]
@@ -73,17 +58,11 @@ def proxy_nca_loss(
     """The Proxy-NCA loss, see `ProxyNCALoss`; ``proxies_unc=None`` stands for zeros."""
     _checks.metric_of("the Proxy-NCA loss", metric, *FORMS)
     _checks.positive("softmax_scale", softmax_scale)
-    items, classes = _sides(
-        (sem, unc, labels), (sem2, unc2, labels2), (proxies, proxies_unc), metric
-    )
+    items, classes = _sides(pairs, proxies, proxies_unc, metric)
     closeness = {"scale": -metric.sign * softmax_scale, "power": power}
-    found = rowstats(
-        *items[:2],
-        *classes[:2],
-        labels=items[2],
-        labels2=classes[2],
-        metric=metric,
-        stats={
+    found = Pairs(*items, *classes).rowstats(
+        metric,
+        {
             "own": LogSumExp(where="same", **closeness),
             "every": LogSumExp(where="any", **closeness),
         },
@@ -197,26 +176,25 @@ class ProxyNCALoss(ProxyLoss, function=proxy_nca_loss):
     """
 
 
+Side = tuple[Tensor, Tensor | str | None, Tensor]  # embeddings and labels of rows or of columns
+
+
 def _sides(
-    batch: tuple[Any, ...],  # [N, Ds], [N, Du], [N]
-    more: tuple[Any, ...],  # [M, Ds], [M, Du], [M]
-    proxies: tuple[Any, ...],  # [C, Ds], [C, Du]
+    pairs: Pairs,
+    proxies: Tensor,  # [C, Ds]
+    proxies_unc: Tensor | None,  # [C, Du]
     metric: Metric,
-) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Embeddings and labels of the items, all in one, and of the proxies."""
-    (sem, unc, labels), (sem2, unc2, labels2), (proxies, proxies_unc) = batch, more, proxies
+) -> tuple[Side, Side]:
+    """The items, all in one, and the proxies of the classes."""
     _checks.tensor("proxies", proxies)
-    if unc is None:
-        proxies_unc = None
-    sem, unc, sem2, unc2, proxies, proxies_unc = autocast(
-        sem, unc, sem2, unc2, proxies, proxies_unc
-    )
-    _checks.batch(sem, unc, labels, sem2, unc2, labels2, metric)
+    sem, unc, labels, sem2, unc2, labels2 = pairs.checked(metric)
     if sem2 is not None:
         _checks.same_kind("unc2", unc2, "unc", unc)
-        sem = torch.cat([sem, sem2])
+        sem, labels = torch.cat([sem, sem2]), torch.cat([labels, labels2])
         unc = torch.cat([unc, unc2]) if isinstance(unc, Tensor) else unc
-        labels = torch.cat([labels, labels2])
+    if unc is None:
+        proxies_unc = None
+    proxies, proxies_unc = autocast(proxies, proxies_unc)
     _checks.embeddings(
         sem, unc, proxies, proxies_unc, metric, columns=("proxies", "proxies_unc", "C")
     )

@@ -7,18 +7,13 @@ from torch import Tensor
 
 from .. import _checks
 from ..metric import Metric
-from ..rowstats import rowstats
 from ..stats import Count, Histogram
-from ._module import Loss
+from ._loss import Loss, Pairs, loss_function
 
 
+@loss_function
 def fast_ap_loss(
-    sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
-    labels: Tensor,  # [N]
-    sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
-    labels2: Tensor | None = None,  # [M]
+    pairs: Pairs,
     *,
     num_bins: int = 10,
     metric: Metric = Metric.paper(),
@@ -28,15 +23,9 @@ def fast_ap_loss(
     _checks.integer("num_bins", num_bins, ">= 1", lambda bins: bins >= 1)
     # Squared distances on the unit sphere; an introspective distance is never the larger one.
     bins = {"power": 2.0, "low": 0.0, "high": 4.0, "bins": num_bins}
-    found = rowstats(
-        sem,
-        unc,
-        sem2,
-        unc2,
-        labels=labels,
-        labels2=labels2,
-        metric=metric,
-        stats={
+    found = pairs.rowstats(
+        metric,
+        {
             "positive": Histogram(where="same", **bins),
             "every": Histogram(where="any", **bins),
             "positives": Count(where="same"),

@@ -9,26 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
-from .._operands import autocast
 from ..metric import FORMS, Metric
 from ..nearest import DistanceWeighted, nearest
-from ..paired import paired
-from ..rowstats import rowstats
 from ..stats import Count, HingeCount, HingeSum, Max, Min
-from ._module import Loss
+from ._loss import Loss, Pairs, loss_function
 from ._positives import listed, positives
 
 MINING = ("all", "hard", "semihard", "semihard_all")
 SAMPLING = ("all", "distance_weighted")
 
 
+@loss_function
 def triplet_margin_loss(
-    sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
-    labels: Tensor,  # [N]
-    sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
-    labels2: Tensor | None = None,  # [M]
+    pairs: Pairs,
     *,
     margin: float = 0.05,
     mining: str = "all",
@@ -38,25 +31,22 @@ def triplet_margin_loss(
     _checks.metric_of("the triplet loss", metric, *FORMS)
     _checks.finite("margin", margin)
     _checks.one_of("mining", mining, MINING)
-    sem, unc, sem2, unc2 = autocast(sem, unc, sem2, unc2)
-    _checks.batch(sem, unc, labels, sem2, unc2, labels2, metric)
-    batch = {"labels": labels, "labels2": labels2, "metric": metric}
+    pairs = pairs.checked(metric)
     sign = metric.sign
     closest, farthest, beyond = (Min, Max, "above") if sign > 0 else (Max, Min, "below")
 
     if mining == "hard":
         hardest = {"positive": farthest(where="same"), "negative": closest(where="different")}
-        found = rowstats(sem, unc, sem2, unc2, **batch, stats=hardest)
+        found = pairs.rowstats(metric, hardest)
         # Minus infinity where a row has no positive or no negative: no term.
         return _mean(sign * (found["positive"].values - found["negative"].values) + margin)
 
-    table = positives(labels, labels2)
-    index = listed(table)
-    scores = paired(sem, unc, sem2, unc2, index=index, metric=metric)
+    table = positives(pairs.labels, pairs.labels2)
+    scores = pairs.paired(metric, listed(table))
     if not table.shape[1]:
-        return _wide(scores).sum()  # nothing to compare: 0, with its gradients
-    nowhere = _wide(scores).new_full(table.shape, -sign * math.inf)  # gives no term
-    scores = nowhere.masked_scatter(table >= 0, _wide(scores))  # [N, K]
+        return scores.sum()  # nothing to compare: 0, with its gradients
+    nowhere = scores.new_full(table.shape, -sign * math.inf)  # gives no term
+    scores = nowhere.masked_scatter(table >= 0, scores)  # [N, K]
 
     # A statistic for every positive that a row may have: all come from one walk over the pairs.
     stats = {}
@@ -68,7 +58,7 @@ def triplet_margin_loss(
         window = {beyond: x} if mining == "semihard_all" else {}
         stats["sum", k] = HingeSum(**hinge, **window)
         stats["count", k] = HingeCount(**hinge, **window)
-    found = rowstats(sem, unc, sem2, unc2, **batch, stats=stats)
+    found = pairs.rowstats(metric, stats)
     if mining == "semihard":
         negatives = torch.stack([found["closest", k].values for k in range(table.shape[1])], 1)
         return _mean(sign * (scores - negatives) + margin)
@@ -110,13 +100,9 @@ class TripletMarginLoss(Loss, function=triplet_margin_loss):
     """
 
 
+@loss_function
 def margin_loss(
-    sem: Tensor,  # [N, Ds]
-    unc: Tensor | None,  # [N, Du]
-    labels: Tensor,  # [N]
-    sem2: Tensor | None = None,  # [M, Ds]
-    unc2: Tensor | None = None,  # [M, Du]
-    labels2: Tensor | None = None,  # [M]
+    pairs: Pairs,
     *,
     margin: float = 0.2,
     beta: float | Tensor = 1.2,  # or [1] or [C]
@@ -127,12 +113,11 @@ def margin_loss(
     _checks.metric_of("the margin loss", metric, *FORMS)
     _checks.finite("margin", margin)
     _checks.one_of("sampling", sampling, SAMPLING)
-    sem, unc, sem2, unc2 = autocast(sem, unc, sem2, unc2)
-    _checks.batch(sem, unc, labels, sem2, unc2, labels2, metric)
+    pairs = pairs.checked(metric)
+    sem, _, labels, sem2, _, labels2 = pairs
     _checks.boundary("beta", beta, labels)
     if isinstance(beta, Tensor):  # [N]
         beta = beta[labels.long()] if beta.numel() > 1 else beta.reshape(1).expand(len(labels))
-    batch = {"labels": labels, "labels2": labels2}
     sign = metric.sign
     pull = {"where": "same", "scale": sign, "threshold": beta - sign * margin}
     push = {"where": "different", "scale": -sign, "threshold": beta + sign * margin}
@@ -147,7 +132,7 @@ def margin_loss(
             "pushed": HingeCount(**push),
             "negatives": Count(where="different"),
         }
-    found = rowstats(sem, unc, sem2, unc2, **batch, metric=metric, stats=stats)
+    found = pairs.rowstats(metric, stats)
     positives = found["positives"]
     if sampling == "all":
         negatives = found["negatives"]
@@ -165,13 +150,14 @@ def margin_loss(
             sem2,
             k=most,
             metric=Metric.plain(),
-            **batch,
+            labels=labels,
+            labels2=labels2,
             where="different",
             sample=DistanceWeighted(),
         )
     drawn = drawn.masked_fill(torch.arange(most, device=drawn.device) >= positives[:, None], -1)
     rows, cols = listed(drawn)
-    scores = _wide(paired(sem, unc, sem2, unc2, index=(rows, cols), metric=metric))
+    scores = pairs.paired(metric, (rows, cols))
     at = push["threshold"][rows] if isinstance(beta, Tensor) else push["threshold"]
     terms = (sign * (at - scores)).relu()
     anchors = (drawn >= 0).any(1)
@@ -232,8 +218,3 @@ class MarginLoss(Loss, function=margin_loss):
 def _mean(terms: Tensor) -> Tensor:
     """The mean of those that are positive; 0 if none is."""
     return terms.relu().sum() / (terms > 0).sum().clamp_min(1)
-
-
-def _wide(scores: Tensor) -> Tensor:
-    """Scores in the dtype of the statistics: float32 at the least."""
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
