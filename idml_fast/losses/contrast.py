@@ -12,7 +12,7 @@ from .. import _checks
 from ..metric import FORMS, Metric
 from ..stats import Count, LogSumExp, Sum
 from ._loss import Loss, Pairs, loss_function
-from ._positives import listed, positives
+from ._positive import listed, positive_columns
 
 
 @loss_function
@@ -125,7 +125,7 @@ def ntxent_loss(
     scale = -metric.sign / temperature
     stats = {"push": LogSumExp(where="different", scale=scale)}
     push = pairs.rowstats(metric, stats)["push"]
-    table = positives(pairs.labels, pairs.labels2)
+    table = positive_columns(pairs.labels, pairs.labels2)
     rows, cols = listed(table)
     pull = scale * pairs.paired(metric, (rows, cols))
     # -log(e^pull / (e^pull + e^push)), exact beyond PyTorch's own threshold of 20 as well.
@@ -168,7 +168,7 @@ def npairs_loss(
     """The N-pair loss, see `NPairsLoss`."""
     _checks.metric_of("the N-pair loss", metric, *FORMS)
     sem, unc, labels, sem2, unc2, labels2 = pairs.checked(metric)
-    first = positives(labels, labels2)[:, :1].flatten()  # none at all if no row has one
+    first = positive_columns(labels, labels2)[:, :1].flatten()  # none at all if no row has one
     in_order, order = labels.long().sort(stable=True)
     anchors = order[in_order.diff(prepend=in_order[:1] - 1) != 0]
     anchors = anchors[first[anchors] >= 0] if len(first) else anchors[:0]

@@ -13,7 +13,7 @@ from ..metric import FORMS, Metric
 from ..nearest import DistanceWeighted, nearest
 from ..stats import Count, HingeCount, HingeSum, Max, Min
 from ._loss import Loss, Pairs, loss_function
-from ._positives import listed, positives
+from ._positive import listed, positive_columns
 
 MINING = ("all", "hard", "semihard", "semihard_all")
 SAMPLING = ("all", "distance_weighted")
@@ -41,7 +41,7 @@ def triplet_margin_loss(
         # Minus infinity where a row has no positive or no negative: no term.
         return _mean(sign * (found["positive"].values - found["negative"].values) + margin)
 
-    table = positives(pairs.labels, pairs.labels2)
+    table = positive_columns(pairs.labels, pairs.labels2)
     scores = pairs.paired(metric, listed(table))
     if not table.shape[1]:
         return scores.sum()  # nothing to compare: 0, with its gradients

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def positives(
+def positive_columns(
     labels: Tensor,  # [N]
     labels2: Tensor | None,  # [M]; None: the rows against themselves
 ) -> Tensor:  # [N, K]
