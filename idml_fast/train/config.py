@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from ..metric import Metric
+from .criterion import LOSSES, TASKS, Criterion, own_form
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass
 class DataConfig:
-    """The images, and which classes are seen in training.
+    """The images, and which of them are seen in training.
 
     Args:
         name: the data set; ``digits`` is scikit-learn's 1797 handwritten digits of 8 x 8 pixels.
-        train_classes: classes to train on.
+        task: ``retrieval``: some classes are learned, others retrieved; ``classification``: all ten
+            are learned, and a quarter of the images of each is held out, by the seed.
+        train_classes: classes to train on; for retrieval.
         test_classes: unseen classes to retrieve among; none of them in ``train_classes``.
         batch_size: images a step, in every process.
     """
 
-    name: Literal["digits"] = "digits"
+    name: str = "digits"
+    task: Literal["retrieval", "classification"] = "retrieval"
     train_classes: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     test_classes: list[int] = field(default_factory=lambda: [5, 6, 7, 8, 9])
     batch_size: int = 120
@@ -49,17 +55,38 @@ class ModelConfig:
 
 @dataclass
 class LossConfig:
-    """Proxy-Anchor.
+    """The loss, and whether it remembers earlier batches.
 
     Args:
-        alpha: scale of the similarities.
-        margin: margin of the similarities.
-        proxy_unc: the proxies' uncertainty: fixed at zero, or learned like the proxies.
+        name: proxy_anchor, proxy_nca, multi_similarity, contrastive, triplet_margin, margin,
+            fast_ap, npairs, nca, ntxent or supcon for retrieval, softmax for classification. null:
+            proxy_anchor or softmax, whichever suits the task.
+        options: arguments of the loss in idml_fast.losses, such as ``--loss.options.alpha 2``.
+        memory: how many items of earlier batches every batch is compared with as well; 0: none.
+        memory_epoch: the first epoch whose items are remembered: before, the network changes too
+            fast for them to be worth it.
     """
 
-    alpha: float = 32.0
-    margin: float = 0.1
-    proxy_unc: Literal["zero", "learned"] = "zero"
+    name: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    memory: int = 0
+    memory_epoch: int = 2
+
+
+@dataclass
+class MetricConfig:
+    """The introspective metric.
+
+    Args:
+        tau: temperature; a larger one weakens the effect of the uncertainty.
+        gamma: offset of the uncertainty.
+        form: distance, cosine or official, as in idml_fast.Metric; null: the one that the loss was
+            defined with.
+    """
+
+    tau: float = 5.0
+    gamma: float = 0.0
+    form: str | None = None
 
 
 @dataclass
@@ -71,7 +98,8 @@ class OptimConfig:
         warmup_epochs: first epochs in which only the heads and the proxies learn; for a trunk that
             comes pre-trained.
         lr: learning rate of the network.
-        proxy_lr: learning rate of the proxies, as a multiple of ``lr``.
+        proxy_lr: learning rate of what the loss learns (proxies, a boundary), as a multiple of
+            ``lr``.
         weight_decay: of AdamW.
         clip: gradient values are clipped to [-clip, clip].
         step: the learning rates are multiplied by ``decay`` every so many epochs.
@@ -121,6 +149,9 @@ class Config:
         model: the network.
         loss: the loss.
         metric: the introspective metric; the conventional one is trained beside it.
+        mix: whether images are mixed, see `idml_fast.train.mixing`. Classifying, the mixed images
+            replace the others; retrieving, as in the paper, they are learned beside them.
+        mix_alpha: the shares of the two images come from Beta(mix_alpha, mix_alpha).
         optim: the optimiser.
         run: where and how to run.
 
@@ -132,17 +163,17 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
-    metric: Metric = field(default_factory=lambda: Metric.paper("cosine"))
+    metric: MetricConfig = field(default_factory=MetricConfig)
+    mix: Literal["none", "mixup", "cutmix"] = "none"
+    mix_alpha: float = 1.0
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name must be the name of one folder, got {self.name!r}")
-        if self.metric.form == "distance":
-            raise ValueError("metric.form must be 'cosine' or 'official', got 'distance'")
-        if not self.metric.reads_unc:
-            raise ValueError("metric.tau must be finite, got inf (the conventional metric)")
+        if self.data.name != "digits":
+            raise ValueError(f"data.name must be digits, got {self.data.name}")
         for name in ("train_classes", "test_classes"):
             classes = getattr(self.data, name)
             if len(set(classes)) < 2 or not set(classes) <= set(range(10)):
@@ -159,11 +190,61 @@ class Config:
             "optim.lr": self.optim.lr,
             "optim.clip": self.optim.clip,
             "optim.step": self.optim.step,
+            "mix_alpha": self.mix_alpha,
             "run.threads": 1 if self.run.threads is None else self.run.threads,
         }
         for name, value in positive.items():
             if not value > 0:
                 raise ValueError(f"{name} must be > 0, got {value}")
+        if self.run.seed < 0:
+            raise ValueError(f"run.seed must be >= 0, got {self.run.seed}")
+        self._check_loss()
+
+    def _check_loss(self) -> None:
+        """Names the loss, and makes it once with each metric: its own checks come before a run."""
+        fitting = TASKS[self.data.task]
+        if self.loss.name is None:
+            self.loss = replace(self.loss, name=fitting[0])
+        if self.loss.name not in LOSSES:
+            raise ValueError(f"loss.name must be one of {', '.join(LOSSES)}, got {self.loss.name}")
+        if self.loss.name not in fitting:
+            wanted = ", ".join(fitting)
+            raise ValueError(
+                f"loss.name must be {'one of ' * (len(fitting) > 1)}{wanted} "
+                f"for data.task {self.data.task}, got {self.loss.name}"
+            )
+        if self.loss.memory < 0:
+            raise ValueError(f"loss.memory must be >= 0, got {self.loss.memory}")
+        if self.loss.memory and self.data.task == "classification":
+            raise ValueError(
+                f"loss.memory must be 0 for data.task classification, got {self.loss.memory}"
+            )
+        if not self.metric.tau < math.inf:
+            raise ValueError(
+                f"metric.tau must be finite, got {self.metric.tau} (the conventional metric)"
+            )
+        with torch.device("meta"):  # no memory, and no random numbers
+            for metric in self.metrics.values():
+                self.criterion(metric)
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The conventional metric and the introspective one, both of the same form."""
+        form = self.metric.form or own_form(self.loss.name)
+        return {
+            "conventional": Metric.plain("cosine" if form == "official" else form),
+            "introspective": Metric(self.metric.tau, self.metric.gamma, form),
+        }
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes are learned."""
+        return 10 if self.data.task == "classification" else len(set(self.data.train_classes))
+
+    def criterion(self, metric: Metric) -> Criterion:
+        """The loss of this run with one of its metrics."""
+        widths = self.model.sem_dim, self.model.unc_dim
+        return Criterion(self.loss, metric, self.num_classes, *widths)
 
     @property
     def folder(self) -> Path:
@@ -190,32 +271,56 @@ def load_config(arguments: Sequence[str] = (), prog: str = "idml-fast train") ->
             YAML file or the name of a packaged recipe.
         prog: the command to name in the help.
     """
+    parser = _parser(prog)
+    parsed = parser.parse_args(list(arguments))
+    try:
+        return _config(parser, parsed)
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+
+
+def config_of(values: dict[str, Any]) -> Config:
+    """The configuration of nested values, as a YAML file has them; what is left out is default.
+
+    Raises:
+        TypeError, ValueError: a value does not fit.
+    """
+    parser = _parser("idml-fast", exit_on_error=False)
+    return _config(parser, parser.parse_object(values))
+
+
+def _parser(prog: str, **settings: Any) -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         usage="%(prog)s [--config RECIPE] [--name NAME] [--GROUP.OPTION VALUE ...]",
         allow_abbrev=False,
         description="Train the conventional and the introspective metric with the same seed, "
-        "compare them on unseen classes, and write a report.",
+        "compare them on images that neither has seen, and write a report.",
+        **settings,
     )
-    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     parser.add_argument(
         "--config",
         action=_RecipeOrFile,
         metavar="RECIPE",
-        help=f"a YAML file, or the name of a packaged recipe: {recipes}",
+        help=f"a YAML file, or the name of a packaged recipe: {', '.join(_recipes())}",
     )
     parser.add_class_arguments(Config)
-    parsed = parser.parse_args(list(arguments))
+    return parser
+
+
+def _config(parser: ArgumentParser, parsed: Namespace) -> Config:
     del parsed.config
-    try:
-        return Config(**parser.instantiate(parsed).as_dict())
-    except (TypeError, ValueError) as error:
-        parser.error(str(error))
+    return Config(**parser.instantiate(parsed).as_dict())
+
+
+def _recipes() -> dict[str, str]:
+    """The packaged recipes of single runs, by name; those of comparisons are of another kind."""
+    paths = sorted(RECIPES.glob("*.yaml"))
+    return {path.stem: str(path) for path in paths if not path.stem.startswith("reproduce_")}
 
 
 class _RecipeOrFile(ActionConfigFile):
     """``--config`` that also knows the packaged recipes by name."""
 
     def __call__(self, parser, cfg, values, option_string=None):
-        packaged = {path.stem: str(path) for path in RECIPES.glob("*.yaml")}
-        super().__call__(parser, cfg, packaged.get(values, values), option_string)
+        super().__call__(parser, cfg, _recipes().get(values, values), option_string)

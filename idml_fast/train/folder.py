@@ -59,21 +59,29 @@ def open_folder(config: Config) -> Path:
     Raises:
         FileExistsError: the folder holds another run, or something that is no run.
     """
-    folder, text = config.folder, config.to_yaml()
-    there = folder / "config.yaml"
-    if folder.is_dir() and any(folder.iterdir()):
-        before = yaml.safe_load(there.read_text("utf-8")) if there.is_file() else None
-        if before != yaml.safe_load(text):
-            if not config.run.overwrite:
-                raise FileExistsError(
-                    f"{folder} holds {_difference(before, yaml.safe_load(text))}; "
-                    "choose another --name, or replace it with --run.overwrite true"
-                )
-            for name in FILES:
-                (folder / name).unlink(missing_ok=True)
+    folder = config.folder
+    other = other_run(config)
+    if other:
+        if not config.run.overwrite:
+            raise FileExistsError(
+                f"{folder} holds {other}; "
+                "choose another --name, or replace it with --run.overwrite true"
+            )
+        for name in FILES:
+            (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(there, text)
+    write_text(folder / "config.yaml", config.to_yaml())
     return folder
+
+
+def other_run(config: Config) -> str | None:
+    """In words, what the run folder holds that is not of this configuration; None: nothing."""
+    folder, there = config.folder, config.folder / "config.yaml"
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    before = yaml.safe_load(there.read_text("utf-8")) if there.is_file() else None
+    now = yaml.safe_load(config.to_yaml())
+    return None if before == now else _difference(before, now)
 
 
 def _difference(before: Any, now: dict) -> str:

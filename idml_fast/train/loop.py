@@ -6,18 +6,21 @@ import math
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from .. import backend
-from ..losses import ProxyAnchorLoss
 from ..metric import Metric
 from .config import Config
+from .criterion import Criterion
 from .data import Data, load_data
 from .folder import open_folder, to_json, write_text
+from .mixing import mix
 from .model import TwoHeaded, save
 from .optim import adamw
 from .outcome import Outcome, evaluate, record
@@ -50,10 +53,9 @@ def run(config: Config) -> dict[str, dict[str, float | None]]:
 def _run(config: Config) -> dict[str, dict[str, float | None]]:
     start = time.perf_counter()
     accelerator = Accelerator(mixed_precision=config.run.mixed_precision, cpu=stays_on_cpu(config))
-    data = load_data(config.data)
+    data = load_data(config.data, config.run.seed)
     if accelerator.is_main_process:
         open_folder(config)
-    metrics = {"conventional": Metric.plain("cosine"), "introspective": config.metric}
     lines: list[dict] = []
     outcomes: dict[str, Outcome] = {}
 
@@ -61,12 +63,12 @@ def _run(config: Config) -> dict[str, dict[str, float | None]]:
         lines.append(line)
         write_text(config.folder / "metrics.jsonl", "".join(f"{to_json(x)}\n" for x in lines))
 
-    for name, metric in metrics.items():
-        model = train(accelerator, config, data, name, metric, on_epoch)
+    for name, metric in config.metrics.items():
+        model, criterion = train(accelerator, config, data, name, metric, on_epoch)
         if accelerator.is_main_process:
             epochs = [line for line in lines if line["metric"] == name]
-            outcomes[name] = evaluate(model, metric, config, data, epochs)
-            save(model, metric, config.folder / f"{name}.safetensors")
+            outcomes[name] = evaluate(model, criterion, config, data, epochs)
+            save(model, criterion, config.folder / f"{name}.safetensors")
         accelerator.free_memory()
 
     results = {name: outcome.results for name, outcome in outcomes.items()}
@@ -96,62 +98,92 @@ def train(
     name: str,
     metric: Metric,
     on_epoch: Callable[[dict], None],
-) -> TwoHeaded:
+    watch: bool = True,
+) -> tuple[TwoHeaded, Criterion]:
     """Train one network with one metric; ``on_epoch`` gets the record of every epoch.
 
-    The network, its first weights and the order of the images depend on the seed alone, so that two
-    metrics start from the same place. Only the main process evaluates and calls ``on_epoch``.
+    The network, its first weights, the order of the images and how they are mixed depend on the
+    seed alone, so that two metrics start from the same place. Only the main process evaluates and
+    calls ``on_epoch``.
+
+    Args:
+        watch: evaluate after every epoch, and show a progress bar.
     """
     set_seed(config.run.seed)
     model = TwoHeaded(config.model, data.train_images.shape[1], data.train_images.shape[2:])
     model.unc.requires_grad_(metric.reads_unc)
-    loss = ProxyAnchorLoss(
-        int(data.train_labels.max()) + 1,
-        config.model.sem_dim,
-        config.model.unc_dim,
-        metric=metric,
-        margin=config.loss.margin,
-        alpha=config.loss.alpha,
-        proxy_unc=config.loss.proxy_unc if metric.reads_unc else "zero",
-    )
-    optimizer, schedule = adamw(config.optim, model, loss)
+    criterion = config.criterion(metric)
+    optimizer, schedule = adamw(config.optim, model, criterion)
     loader = DataLoader(
         TensorDataset(data.train_images, data.train_labels),
         config.data.batch_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(config.run.seed),
     )
-    network, criterion, optimizer, loader = accelerator.prepare(model, loss, optimizer, loader)
+    draws = np.random.default_rng(config.run.seed)
+    network, loss, optimizer, loader = accelerator.prepare(model, criterion, optimizer, loader)
     # The conventional metric gives the uncertainty head nothing to learn from.
     heads = (model.sem, model.unc) if metric.reads_unc else (model.sem,)
-    parameters = [*network.parameters(), *criterion.parameters()]
+    parameters = [*network.parameters(), *loss.parameters()]
     # One bar, and none where there is no terminal (None).
-    hidden = None if accelerator.is_main_process else True
+    hidden = None if accelerator.is_main_process and watch else True
     progress = tqdm(range(1, config.optim.epochs + 1), name, unit="epoch", disable=hidden)
     for epoch in progress:
         network.train()
         steps = []
         for images, labels in loader:
-            value = criterion(*network(images), labels)
+            value, embedded = batch_loss(network, loss, images, labels, config, draws)
             accelerator.backward(value)
             accelerator.clip_grad_value_(parameters, config.optim.clip)
             grads = [head.weight.grad.norm() for head in heads]
             steps.append(torch.stack([value.detach(), *grads]))
             optimizer.step()
             optimizer.zero_grad()
+            if criterion.bank is not None and epoch >= config.loss.memory_epoch:
+                criterion.bank.add(*embedded, labels)
         schedule.step()
         mean, sem_grad, *unc_grad = torch.stack(steps).mean(dim=0).tolist()
         if not math.isfinite(mean):
             raise FloatingPointError(f"the loss is {mean} in epoch {epoch}; lower optim.lr")
         if accelerator.is_main_process:
+            seen = record(model, criterion, config, data) if watch else {}
             line = {
                 "metric": name,
                 "epoch": epoch,
                 "loss": mean,
                 "sem_grad_norm": sem_grad,
                 "unc_grad_norm": unc_grad[0] if unc_grad else None,
-                **record(model, metric, config, data),
+                **seen,
             }
             on_epoch(line)
-            progress.set_postfix({"loss": f"{mean:.3f}", "R@1": f"{line['recall_at_1']:.1%}"})
-    return model
+            shown = {"recall_at_1": "R@1", "top_1": "top-1"}
+            quality = {shown[key]: f"{seen[key]:.1%}" for key in shown if key in seen}
+            progress.set_postfix({"loss": f"{mean:.3f}", **quality})
+    return model, criterion
+
+
+def batch_loss(
+    network: nn.Module,
+    loss: nn.Module,
+    images: Tensor,  # [N, channels, height, width]
+    labels: Tensor,  # [N]
+    config: Config,
+    draws: np.random.Generator,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The loss of a batch, mixed if the configuration says so, and ``(sem, unc)`` of its images.
+
+    Of mixed images ``L(mixed) = lam L(mixed, y_a) + (1 - lam) L(mixed, y_b)``. Classifying, that is
+    the loss (and the embeddings are those of the mixed images); retrieving it is ``L(images, y) +
+    L(mixed)``, as the paper trains.
+    """
+    if config.mix == "none":
+        embedded = network(images)
+        return loss(*embedded, labels), embedded
+    mixed = mix(config.mix, images, labels, config.mix_alpha, draws)
+    embedded = network(mixed.images)
+    a, b = loss(*embedded, mixed.labels_a), loss(*embedded, mixed.labels_b)
+    value = mixed.lam * a + (1 - mixed.lam) * b
+    if config.data.task == "retrieval":
+        embedded = network(images)
+        value = value + loss(*embedded, labels)
+    return value, embedded

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..metric import Metric
 from .config import ModelConfig
+from .criterion import Criterion
 from .folder import written_whole
 
 METADATA = "idml_fast"  # the entry of a model file that says how to build its network
@@ -64,20 +65,25 @@ def _convolution(channels: int, out: int) -> tuple[nn.Module, ...]:
     return nn.Conv2d(channels, out, 3, padding=1), nn.GroupNorm(groups, out), nn.ReLU()
 
 
-def save(model: TwoHeaded, metric: Metric, path: Path) -> None:
-    """Write the model as safetensors, with the metric and the widths in the file's metadata."""
+def save(model: TwoHeaded, criterion: Criterion, path: Path) -> None:
+    """Write the model as safetensors, with the metric and the widths in the file's metadata.
+
+    What the loss has learned and remembers is in the file too, its names beginning with ``loss.``
+    and ``bank.``; `load` leaves it there.
+    """
     described = {
         "model": {
             "config": asdict(model.config),
             "channels": model.channels,
             "size": model.size,
         },
-        "metric": asdict(metric),
+        "metric": asdict(criterion.loss.metric),
     }
     # One entry: the order of several is not the same from file to file.
     metadata = {METADATA: json.dumps(described)}
     with written_whole(path) as partial:
-        partial.write_bytes(to_bytes(model.state_dict(), metadata))
+        state = {**model.state_dict(), **criterion.state_dict()}
+        partial.write_bytes(to_bytes(state, metadata))
 
 
 def load(path: str | Path) -> tuple[TwoHeaded, Metric]:
@@ -100,5 +106,6 @@ def load(path: str | Path) -> tuple[TwoHeaded, Metric]:
     described = json.loads(metadata[METADATA])
     config = ModelConfig(**described["model"].pop("config"))
     model = TwoHeaded(config, **described["model"])
-    model.load_state_dict(load_file(path))
+    state = load_file(path)
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
     return model.eval(), Metric(**described["metric"])

@@ -13,8 +13,8 @@ from .model import TwoHeaded
 def adamw(config: OptimConfig, model: TwoHeaded, loss: nn.Module) -> tuple[AdamW, LambdaLR]:
     """AdamW and a schedule to be stepped once an epoch.
 
-    Three groups learn: the trunk, the two heads, and the loss's proxies at ``proxy_lr`` times the
-    rate. All fall by ``decay`` every ``step`` epochs; during the warm-up the trunk's rate is 0.
+    Three groups learn: the trunk, the two heads, and what the loss learns at ``proxy_lr`` times
+    the rate. All fall by ``decay`` every ``step`` epochs; during the warm-up the trunk's rate is 0.
     """
     heads = [*model.sem.parameters(), *model.unc.parameters()]
     groups = [

@@ -10,13 +10,14 @@ from torch import Tensor
 from ..evaluation import corrupted_norms, nmi, retrieval, severity_correlation
 from ..metric import Metric
 from .config import Config
+from .criterion import Criterion
 from .data import Data
 from .model import TwoHeaded
 
 
 @dataclass
 class Outcome:
-    """A trained network on the images of the unseen classes.
+    """A trained network on images that it has not seen.
 
     Args:
         metric: it was trained with.
@@ -49,35 +50,42 @@ def embed(
     return torch.cat(sem).cpu(), torch.cat(unc).cpu()
 
 
-def record(model: TwoHeaded, metric: Metric, config: Config, data: Data) -> dict:
-    """What is worth a line after every epoch: retrieval among the unseen classes, and ``||u||``."""
+def record(model: TwoHeaded, criterion: Criterion, config: Config, data: Data) -> dict:
+    """What is worth a line after every epoch: how good unseen images come out, and ``||u||``."""
     sem, unc = embed(model, data.test_images, config.data.batch_size)
-    norm = unc.norm(dim=1) if metric.reads_unc else None
+    if config.data.task == "classification":
+        right = criterion.predict(sem) == data.test_labels
+        quality = {"top_1": right.double().mean().item()}
+    else:
+        quality = retrieval(sem, data.test_labels)
+    norm = unc.norm(dim=1) if criterion.loss.metric.reads_unc else None
     return {
-        **retrieval(sem, data.test_labels),
+        **quality,
         "unc_norm_mean": None if norm is None else norm.mean().item(),
         "unc_norm_std": None if norm is None else norm.std().item(),
     }
 
 
 def evaluate(
-    model: TwoHeaded, metric: Metric, config: Config, data: Data, epochs: list[dict]
+    model: TwoHeaded, criterion: Criterion, config: Config, data: Data, epochs: list[dict]
 ) -> Outcome:
     """The trained network's outcome: its last epoch, clustering, and its uncertainty if it has one.
 
-    Retrieval and clustering use the semantic embedding alone, as the paper does.
+    Retrieval, clustering and classification use the semantic embedding alone, as the paper does.
     """
+    metric = criterion.loss.metric
     sem, unc = embed(model, data.test_images, config.data.batch_size)
     norms = {}
     if metric.reads_unc:
         norms = corrupted_norms(
             lambda images: embed(model, images, config.data.batch_size), data.test_images
         )
+    results = record(model, criterion, config, data)
+    if config.data.task == "retrieval":
+        results["nmi"] = nmi(sem, data.test_labels, seed=config.run.seed)
     # The mean over all epochs: once the loss is small, any gradient is.
     grads = [epoch["unc_grad_norm"] for epoch in epochs if metric.reads_unc]
-    results = {
-        **record(model, metric, config, data),
-        "nmi": nmi(sem, data.test_labels, seed=config.run.seed),
+    results |= {
         "unc_grad_norm": sum(grads) / len(grads) if grads else None,
         **{
             f"spearman_{name}": severity_correlation(norms[name]) if norms else None
