@@ -22,12 +22,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="train the conventional and the introspective metric, compare them, write a report",
         add_help=False,  # its own parser knows its options
     )
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="train every loss with both metrics and several seeds, and write the table",
+        description="Train every loss with the conventional and with the introspective metric, "
+        "beside the paper's numbers. A second call goes on where the first one stopped.",
+        allow_abbrev=False,
+    )
+    reproduce.add_argument("--dataset", required=True, help="digits")
+    reproduce.add_argument("--losses", nargs="+", metavar="LOSS", help="rows of the table (all)")
+    reproduce.add_argument(
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="(0 1 2)"
+    )
+    reproduce.add_argument("--epochs", type=int, help="of every run (as the recipe says)")
+    reproduce.add_argument("--folder", default="runs/reproduce", help="(%(default)s)")
     commands.add_parser("doctor", help="say which backends work here, and why others do not")
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.command == "train":
         return _train(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if chosen.command == "reproduce":
+        return _reproduce(chosen)
     return _doctor()
 
 
@@ -35,15 +51,32 @@ def _train(arguments: list[str]) -> int:
     try:
         from .train import load_config, run
     except ModuleNotFoundError as error:
-        if (error.name or "idml_fast").split(".")[0] == "idml_fast":
-            raise  # a fault of ours, which no installation mends
-        return _fail(f"idml-fast train needs {error.name}: pip install 'idml_fast[train]'")
+        return _missing("train", error)
     config = load_config(arguments)
     try:
         run(config)
     except (FileExistsError, FloatingPointError) as error:
         return _fail(str(error))
     return 0
+
+
+def _reproduce(chosen: argparse.Namespace) -> int:
+    try:
+        from .train.reproduce import SettingsError, reproduce
+    except ModuleNotFoundError as error:
+        return _missing("reproduce", error)
+    options = {name: getattr(chosen, name) for name in ("losses", "seeds", "epochs", "folder")}
+    try:
+        reproduce(chosen.dataset, **options)
+    except (SettingsError, FileExistsError, FloatingPointError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _missing(command: str, error: ModuleNotFoundError) -> int:
+    if (error.name or "idml_fast").split(".")[0] == "idml_fast":
+        raise error  # a fault of ours, which no installation mends
+    return _fail(f"idml-fast {command} needs {error.name}: pip install 'idml_fast[train]'")
 
 
 def _doctor() -> int:

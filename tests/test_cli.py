@@ -106,7 +106,7 @@ def test_train_hands_its_configuration_on(monkeypatch):
     assert cli.main(["train", "--name", "demo", "--optim.lr", "1e-3", "--metric.tau=2"]) == 0
     (config,) = handed
     assert (config.name, config.optim.lr) == ("demo", 1e-3)
-    assert config.metric == Metric(2.0, 0.0, "cosine")
+    assert config.metrics["introspective"] == Metric(2.0, 0.0, "cosine")
 
 
 @pytest.mark.parametrize("error", [FileExistsError, FloatingPointError])
@@ -167,7 +167,16 @@ def test_overwrite_is_not_saved():
         (["--optim.lr", "0"], "optim.lr must be > 0, got 0.0"),
         (["--metric.tau", "-1"], "tau must be > 0, got -1"),
         (["--metric.tau", ".inf"], "metric.tau must be finite, got inf"),
-        (["--metric.form", "distance"], "metric.form must be 'cosine' or 'official'"),
+        (["--metric.form", "distance"], "loss proxy_anchor: metric must be of form 'cosine'"),
+        (["--metric.form", "angle"], "form must be one of 'distance', 'cosine', 'official'"),
+        (["--loss.name", "arcface"], "loss.name must be one of proxy_anchor, proxy_nca"),
+        (["--loss.name", "softmax"], "for data.task retrieval, got softmax"),
+        (["--loss.options.alhpa", "2"], "loss.options of proxy_anchor must be one of alpha"),
+        (["--loss.options.alpha", "-2"], "loss proxy_anchor: alpha must be > 0 and finite, got -2"),
+        (["--loss.memory", "-1"], "loss.memory must be >= 0, got -1"),
+        (["--data.name", "cub"], "data.name must be digits, got cub"),
+        (["--data.task", "classification", "--loss.memory", "9"], "loss.memory must be 0"),
+        (["--mix_alpha", "0"], "mix_alpha must be > 0, got 0"),
         (["--loss.proxy_unc", "some"], "proxy_unc"),
         (["--name", "../elsewhere"], "name must be the name of one folder, got '../elsewhere'"),
         (["--name", ""], "name must be the name of one folder, got ''"),

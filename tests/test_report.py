@@ -21,7 +21,7 @@ from idml_fast.train.outcome import Outcome
 from idml_fast.train.report import ROWS, table, text_table, write_report
 
 VOID = {"meta", "link", "img", "br", "hr"}
-NAMES = [name for rows in ROWS.values() for _, name, _ in rows]
+NAMES = [name for rows in ROWS.values() for _, name, _ in rows if name != "top_1"]
 
 
 class Page(HTMLParser):
@@ -72,7 +72,7 @@ def told():
     images = len(data.test_images)
     outcomes = {
         "conventional": outcome(Metric.plain("cosine"), 0, images),
-        "introspective": outcome(config.metric, 1, images),
+        "introspective": outcome(config.metrics["introspective"], 1, images),
     }
     return config, data, outcomes
 
@@ -208,6 +208,14 @@ def test_the_table_has_dashes_where_there_is_no_uncertainty():
     assert rows[0] == ["Recall@1", "50.0 %", "50.0 %"]
     assert rows[10] == ["Spearman with blur", "–", "undefined"]
     assert rows[12] == ["Spearman with occlusion", "–", "+0.50"]
+
+
+def test_the_table_of_a_classification():
+    names = ["top_1", *NAMES[7:]]
+    results = {metric: dict.fromkeys(names, 0.5) for metric in ("conventional", "introspective")}
+    sections = table(results)
+    assert list(sections) == ["Classification", "Uncertainty"]
+    assert sections["Classification"] == [["Top-1", "50.0 %", "50.0 %"]]
 
 
 def test_the_terminal_s_table_lines_up():

@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,13 +18,23 @@ pytest.importorskip("accelerate", reason="the extra idml_fast[train] is not inst
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 
 from idml_fast import Metric, backend, losses
 from idml_fast.train import Config, TwoHeaded, load, load_config, run
-from idml_fast.train.config import LossConfig, ModelConfig, OptimConfig, RunConfig
+from idml_fast.train.config import (
+    DataConfig,
+    LossConfig,
+    MetricConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+)
+from idml_fast.train.criterion import LOSSES, TASKS
 from idml_fast.train.data import load_data
 from idml_fast.train.folder import FILES, open_folder, to_json, write_text, written_whole
-from idml_fast.train.loop import stays_on_cpu, train
+from idml_fast.train.loop import batch_loss, stays_on_cpu, train
+from idml_fast.train.mixing import mix
 from idml_fast.train.model import save
 from idml_fast.train.optim import adamw
 
@@ -46,7 +57,8 @@ def trained(config: Config, metric: Metric) -> tuple[TwoHeaded, list[dict]]:
     lines: list[dict] = []
     accelerator = Accelerator(cpu=True)
     data = load_data(config.data)
-    return train(accelerator, config, data, "metric", metric, lines.append), lines
+    model, _ = train(accelerator, config, data, "metric", metric, lines.append)
+    return model, lines
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +91,10 @@ def test_stays_on_the_cpu_where_no_kernel_serves_the_gpu(
     monkeypatch, capsys, gpu, serves, asked, stays
 ):
     device = None if gpu is None else torch.device(gpu)
+    config = Config(run=RunConfig(cpu=asked))
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: device)
     monkeypatch.setattr(backend, "refusals", lambda *_: {"triton": None if serves else "no"})
-    assert stays_on_cpu(Config(run=RunConfig(cpu=asked))) == stays
+    assert stays_on_cpu(config) == stays
     assert ("no kernel serves cuda" in capsys.readouterr().out) == (stays and not asked)
 
 
@@ -132,14 +145,14 @@ def test_training_goes_through_the_library(tmp_path, monkeypatch):
 
     monkeypatch.setattr(losses._loss, "rowstats", watched)
     config = tiny(tmp_path)
-    trained(config, config.metric)
+    trained(config, config.metrics["introspective"])
     steps = -(-len(load_data(config.data).train_images) // config.data.batch_size)
     assert seen == [Metric(5.0, 0.0, "cosine")] * (2 * steps)
 
 
 def test_the_loss_falls_and_training_classes_come_together(tmp_path):
     config = tiny(tmp_path, optim=OptimConfig(epochs=4, lr=2e-3))
-    _, lines = trained(config, config.metric)
+    _, lines = trained(config, config.metrics["introspective"])
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
 
 
@@ -165,13 +178,16 @@ def test_a_run_gives_the_threads_back(monkeypatch, tmp_path):
 def test_another_seed_gives_another_run(tmp_path):
     config = tiny(tmp_path)
     other = replace(config, run=replace(config.run, seed=1))
-    assert trained(config, config.metric)[1] != trained(other, config.metric)[1]
+    assert (
+        trained(config, config.metrics["introspective"])[1]
+        != trained(other, config.metrics["introspective"])[1]
+    )
 
 
 def test_both_metrics_start_from_the_same_weights_and_batches(tmp_path):
     config = tiny(tmp_path, optim=OptimConfig(epochs=1, lr=1e-12, proxy_lr=1.0))
     plain, plain_lines = trained(config, Metric.plain("cosine"))
-    ours, _ = trained(config, config.metric)
+    ours, _ = trained(config, config.metrics["introspective"])
     for one, other in zip(plain.parameters(), ours.parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-9)
     # A metric that is as good as conventional learns the same from the same batches.
@@ -182,15 +198,19 @@ def test_both_metrics_start_from_the_same_weights_and_batches(tmp_path):
 def test_the_conventional_metric_leaves_the_uncertainty_head_alone(tmp_path):
     config = tiny(tmp_path)
     plain, _ = trained(config, Metric.plain("cosine"))
-    still, _ = trained(replace(config, optim=OptimConfig(lr=1e-12, epochs=1)), config.metric)
+    still, _ = trained(
+        replace(config, optim=OptimConfig(lr=1e-12, epochs=1)), config.metrics["introspective"]
+    )
     assert torch.allclose(plain.unc.weight, still.unc.weight, atol=1e-9)
     assert not torch.allclose(plain.sem.weight, still.sem.weight, atol=1e-4)
 
 
 def test_only_the_heads_learn_in_the_warm_up(tmp_path):
     config = tiny(tmp_path, optim=OptimConfig(epochs=1, warmup_epochs=1))
-    model, _ = trained(config, config.metric)
-    start, _ = trained(tiny(tmp_path, optim=OptimConfig(epochs=1, lr=1e-12)), config.metric)
+    model, _ = trained(config, config.metrics["introspective"])
+    start, _ = trained(
+        tiny(tmp_path, optim=OptimConfig(epochs=1, lr=1e-12)), config.metrics["introspective"]
+    )
     before, after = start.state_dict(), model.state_dict()
     for name in after:
         same = torch.allclose(before[name], after[name], atol=1e-9)
@@ -213,15 +233,16 @@ def test_learning_rates_by_epoch():
 
 
 def test_proxies_may_have_uncertainties_too(tmp_path):
-    config = tiny(tmp_path, loss=LossConfig(proxy_unc="learned"))
-    _, lines = trained(config, config.metric)
-    _, fixed = trained(tiny(tmp_path), config.metric)
+    config = tiny(tmp_path, loss=LossConfig(options={"proxy_unc": "learned"}))
+    _, lines = trained(config, config.metrics["introspective"])
+    _, fixed = trained(tiny(tmp_path), config.metrics["introspective"])
     assert lines[-1]["loss"] != fixed[-1]["loss"]
 
 
 def test_the_released_form_trains(tmp_path):
-    config = tiny(tmp_path, metric=Metric.official())
-    _, lines = trained(config, config.metric)
+    config = tiny(tmp_path, metric=MetricConfig(5.0, 4.0, "official"))
+    assert config.metrics["introspective"] == Metric.official()
+    _, lines = trained(config, config.metrics["introspective"])
     assert lines[-1]["loss"] > 0
 
 
@@ -231,7 +252,9 @@ def test_mixed_precision(tmp_path):
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     lines: list[dict] = []
     data = load_data(config.data)
-    model = train(accelerator, config, data, "metric", config.metric, lines.append)
+    model, _ = train(
+        accelerator, config, data, "metric", config.metrics["introspective"], lines.append
+    )
     sem, unc = model(data.test_images[:3])
     AcceleratorState._reset_state()
     assert sem.dtype == unc.dtype == torch.float32  # what the loss is given
@@ -242,7 +265,7 @@ def test_mixed_precision(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = tiny(tmp_path, optim=OptimConfig(epochs=3, lr=1e30))
     with pytest.raises(FloatingPointError, match=r"the loss is \S+ in epoch \d; lower optim.lr"):
-        trained(config, config.metric)
+        trained(config, config.metrics["introspective"])
 
 
 def test_the_model_normalises_sem_and_not_unc():
@@ -265,7 +288,9 @@ def test_a_model_comes_back_bit_for_bit(finished, metric):
     config, _ = finished
     images = load_data(config.data).test_images
     model, learned = load(config.folder / f"{metric}.safetensors")
-    assert learned == (config.metric if metric == "introspective" else Metric.plain("cosine"))
+    assert learned == (
+        config.metrics["introspective"] if metric == "introspective" else Metric.plain("cosine")
+    )
     assert not model.training
     again, _ = trained(config, learned)
     again.eval()
@@ -276,7 +301,8 @@ def test_a_model_comes_back_bit_for_bit(finished, metric):
 def test_saving_and_loading_keeps_every_bit(tmp_path):
     model = TwoHeaded(ModelConfig(width=6, sem_dim=5, unc_dim=3), 3, (12, 9)).eval()
     images = torch.rand(4, 3, 12, 9)
-    save(model, Metric(2.0, 0.5, "cosine"), tmp_path / "model.safetensors")
+    criterion = Config(metric=MetricConfig(2.0, 0.5)).criterion(Metric(2.0, 0.5, "cosine"))
+    save(model, criterion, tmp_path / "model.safetensors")
     again, metric = load(tmp_path / "model.safetensors")
     assert metric == Metric(2.0, 0.5, "cosine")
     for one, other in zip(model(images), again(images), strict=True):
@@ -284,8 +310,6 @@ def test_saving_and_loading_keeps_every_bit(tmp_path):
 
 
 def test_load_refuses_other_files(tmp_path):
-    from safetensors.torch import save_file
-
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "none.safetensors")
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
@@ -388,3 +412,164 @@ def test_json_has_no_nan():
         "b": {"c": None},
         "d": 0.5,
     }
+
+
+# -------------------------------------------------------------- losses, memory, tasks, mixing
+
+
+RETRIEVAL = TASKS["retrieval"]
+
+
+@pytest.mark.parametrize("name", RETRIEVAL)
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_loss_trains(tmp_path, name, metric):
+    config = tiny(tmp_path, loss=LossConfig(name=name))
+    _, lines = trained(config, config.metrics[metric])
+    assert len(lines) == 2
+    assert 0 < lines[-1]["loss"] < 100
+    assert lines[-1]["sem_grad_norm"] > 0
+    assert (lines[-1]["unc_grad_norm"] is None) == (metric == "conventional")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_has_its_own_form_and_options(name):
+    task = "classification" if name == "softmax" else "retrieval"
+    config = Config(data=DataConfig(task=task), loss=LossConfig(name=name))
+    metrics = config.metrics
+    assert metrics["conventional"] == Metric.plain(metrics["introspective"].form)
+    assert config.criterion(metrics["introspective"]).loss.metric == metrics["introspective"]
+
+
+def test_options_reach_the_loss():
+    options = {"mining": "semihard", "margin": 0.3}
+    config = Config(loss=LossConfig(name="triplet_margin", options=options))
+    loss = config.criterion(config.metrics["introspective"]).loss
+    assert isinstance(loss, losses.TripletMarginLoss)
+    assert (loss.mining, loss.margin) == ("semihard", 0.3)
+
+
+def test_a_boundary_learns(tmp_path):
+    options = {"learn_beta": True, "sampling": "distance_weighted"}
+    config = tiny(tmp_path, loss=LossConfig(name="margin", options=options))
+    data = load_data(config.data)
+    metric = config.metrics["introspective"]
+    _, criterion = train(Accelerator(cpu=True), config, data, "metric", metric, [].append)
+    assert criterion.loss.beta.item() != pytest.approx(1.2, abs=1e-4)
+
+
+def test_a_memory_bank_is_filled_used_and_saved(tmp_path):
+    config = tiny(tmp_path, loss=LossConfig(name="contrastive", memory=200))
+    data, metric, lines = load_data(config.data), config.metrics["introspective"], []
+    model, criterion = train(Accelerator(cpu=True), config, data, "metric", metric, lines.append)
+    assert len(criterion.bank) == 200
+    _, without = trained(tiny(tmp_path, loss=LossConfig(name="contrastive")), metric)
+    assert lines[0]["loss"] == without[0]["loss"]  # nothing is remembered before memory_epoch
+    assert lines[1]["loss"] > without[1]["loss"]
+    save(model, criterion, tmp_path / "model.safetensors")
+    state = load_file(tmp_path / "model.safetensors")
+    again = config.criterion(metric)
+    again.load_state_dict({k: state[k] for k in again.state_dict()})
+    for one, other in zip(again.bank.columns, criterion.bank.columns, strict=True):
+        assert torch.equal(one, other)
+    assert load(tmp_path / "model.safetensors")[1] == metric
+
+
+@pytest.fixture(scope="module")
+def classified(tmp_path_factory):
+    """A finished classification, and its results."""
+    folder = tmp_path_factory.mktemp("classification")
+    optim = OptimConfig(epochs=4, lr=5e-3, proxy_lr=10.0)
+    task = {"data": DataConfig(task="classification"), "loss": LossConfig()}
+    config = tiny(folder, **task, optim=optim)
+    return config, run(config)
+
+
+def test_classification_learns_and_reports(classified):
+    config, results = classified
+    for result in results.values():
+        assert result["top_1"] > 0.6  # by chance 0.1
+        assert "recall_at_1" not in result
+    assert results["introspective"]["unc_grad_norm"] > 1e-3
+    assert sorted(path.name for path in config.folder.iterdir()) == sorted(FILES)
+    page = (config.folder / "report.html").read_text("utf-8")
+    assert "Top-1" in page
+    assert "Recall@1" not in page
+
+
+def test_digits_are_split_within_the_classes_by_seed():
+    config = DataConfig(task="classification")
+    data, again, other = load_data(config, 0), load_data(config, 0), load_data(config, 1)
+    assert (len(data.train_images), len(data.test_images)) == (1347, 450)
+    assert torch.equal(data.test_images, again.test_images)
+    assert not torch.equal(data.test_images, other.test_images)
+    counts = data.test_labels.bincount()
+    assert len(counts) == 10
+    assert counts.max() - counts.min() <= 3
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+@pytest.mark.parametrize("task", TASKS)
+def test_mixing_trains_and_repeats(tmp_path, task, mix):
+    config = tiny(tmp_path, data=DataConfig(task=task), loss=LossConfig(), mix=mix)
+    metric = config.metrics["introspective"]
+    first, lines = trained(config, metric)
+    again, _ = trained(config, metric)
+    plain, _ = trained(replace(config, mix="none"), metric)
+    assert lines[-1]["loss"] > 0
+    for x, y, z in zip(first.parameters(), again.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(x, y)
+        assert not torch.equal(x, z)
+
+
+def test_the_loss_of_mixed_images_is_the_papers():
+    """L(x, y) + lam L(mixed, y_a) + (1 - lam) L(mixed, y_b), and without L(x, y) to classify."""
+    images, labels = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def loss(sem, unc, labels):
+        return (sem[:, 0] * labels).sum() + unc.sum()
+
+    def network(images):
+        return images.flatten(1), images.flatten(1).square()
+
+    for task in TASKS:
+        config = Config(data=DataConfig(task=task), mix="mixup")
+        draws = np.random.default_rng(3)
+        value, embedded = batch_loss(network, loss, images, labels, config, draws)
+        mixed = mix("mixup", images, labels, 1.0, np.random.default_rng(3))
+        parts = [loss(*network(mixed.images), y) for y in (mixed.labels_a, mixed.labels_b)]
+        expected = mixed.lam * parts[0] + (1 - mixed.lam) * parts[1]
+        if task == "retrieval":
+            expected = expected + loss(*network(images), labels)
+        torch.testing.assert_close(value, expected)
+        seen = images if task == "retrieval" else mixed.images
+        assert torch.equal(embedded[0], seen.flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixed_pixels_come_from_both_images(kind):
+    images = torch.rand(9, 2, 6, 5)
+    labels = torch.arange(9)
+    before = images.clone()
+    shares = []
+    for seed in range(60):
+        found = mix(kind, images, labels, 1.0, np.random.default_rng(seed))
+        assert 0 <= found.lam <= 1
+        assert torch.equal(found.labels_a, labels)
+        assert torch.equal(found.labels_b.sort().values, labels)
+        others = images[found.labels_b]
+        if kind == "mixup":
+            expected = found.lam * images + (1 - found.lam) * others
+            torch.testing.assert_close(found.images, expected)
+        else:
+            own = (found.images == images).all(1)
+            assert ((found.images == others).all(1) | own).all()
+            moved = found.labels_b != labels
+            share = own[moved].float().mean(dim=(1, 2))  # random pixels are never equal
+            torch.testing.assert_close(share, torch.full_like(share, found.lam))
+        shares.append(found.lam)
+    assert torch.equal(images, before)
+    # Beta(1, 1) is even over [0, 1]; a rectangle beyond the edge keeps more of the image.
+    mean = sum(shares) / len(shares)
+    assert 0.4 < mean < (0.6 if kind == "mixup" else 0.8)
+    assert min(shares) < 0.2
+    assert max(shares) > 0.8

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .config import DataConfig
 
-
 HELD_OUT = 0.25  # of the images of each class, if all classes are learned
 
 

@@ -81,10 +81,10 @@ def other_run(config: Config) -> str | None:
         return None
     before = yaml.safe_load(there.read_text("utf-8")) if there.is_file() else None
     now = yaml.safe_load(config.to_yaml())
-    return None if before == now else _difference(before, now)
+    return None if before == now else difference(before, now)
 
 
-def _difference(before: Any, now: dict) -> str:
+def difference(before: Any, now: dict) -> str:
     """In words, how the configuration of the run that is there differs from this one."""
     if not isinstance(before, dict):
         return "files that are no run"

@@ -14,6 +14,20 @@ from .criterion import Criterion
 from .data import Data
 from .model import TwoHeaded
 
+# The numbers of a task, and their short names.
+QUALITIES = {
+    "retrieval": {
+        "recall_at_1": "R@1",
+        "recall_at_2": "R@2",
+        "nmi": "NMI",
+        "r_precision": "RP",
+        "map_at_r": "MAP@R",
+    },
+    "classification": {"top_1": "top-1"},
+}
+# By which of them the metrics are told apart.
+JUDGED = {"retrieval": ("recall_at_1", "map_at_r"), "classification": ("top_1",)}
+
 
 @dataclass
 class Outcome:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -24,7 +25,10 @@ from ..nearest import nearest
 from .config import Config
 from .data import Data
 from .folder import write_text
-from .outcome import Outcome
+from .outcome import JUDGED, QUALITIES, Outcome
+
+if TYPE_CHECKING:
+    from .reproduce import Comparison
 
 COLORS = {"conventional": "#98a1b0", "introspective": "#0f6e84"}
 STYLE = {
@@ -49,6 +53,7 @@ STYLE = {
 
 PERCENT, NORM, RANK = "{:.1%}", "{:.3g}", "{:+.2f}"
 ROWS = {
+    "Classification": (("Top-1", "top_1", PERCENT),),
     "Retrieval": (
         ("Recall@1", "recall_at_1", PERCENT),
         ("Recall@2", "recall_at_2", PERCENT),
@@ -75,12 +80,14 @@ def table(results: dict[str, dict[str, float | None]]) -> dict[str, list[list[st
     Args:
         results: by metric, then by name; None, what the metric lacks, becomes an en dash.
     """
+    known = next(iter(results.values()))
     return {
         heading: [
             [title, *(_cell(result[name], form) for result in results.values())]
             for title, name, form in rows
         ]
         for heading, rows in ROWS.items()
+        if rows[0][1] in known
     }
 
 
@@ -113,24 +120,23 @@ def write_report(
         seconds: that the run took.
     """
     shown = outcomes["introspective"]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    quality, title, pixels = "top_1", "Top-1 accuracy of unseen images", None
+    if config.data.task == "retrieval":
+        quality, title = "recall_at_1", "Recall@1 among unseen classes"
+        pixels = retrieval(data.test_images.flatten(1), data.test_labels)["recall_at_1"]
     with rc_context(STYLE):
-        page = environment.get_template("report.html.j2").render(
+        page = _render(
+            "report.html.j2",
             config=config,
+            metric=shown.metric,
             data=data,
             seconds=seconds,
-            versions={name: version(name) for name in ("idml_fast", "torch")},
             metrics=list(outcomes),
             table=table({name: outcome.results for name, outcome in outcomes.items()}),
-            pixels=retrieval(data.test_images.flatten(1), data.test_labels)["recall_at_1"],
+            pixels=pixels,
             loss_figure=_curves(outcomes, "loss", "Training loss"),
-            recall_figure=_curves(outcomes, "recall_at_1", "Recall@1 among unseen classes"),
+            quality=title,
+            quality_figure=_curves(outcomes, quality, title),
             queries=_queries(shown, data, config.run.seed),
             extremes=_extremes(shown, data),
             corruptions=_corruptions(shown, data),
@@ -146,6 +152,65 @@ def write_report(
             ),
         )
     write_text(path, page)
+
+
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """Write the report of `idml_fast.train.reproduce`, a file like the one of a run.
+
+    Args:
+        path: of the HTML file.
+        comparison: of all losses.
+    """
+    tables = {task: comparison.table(task) for task in QUALITIES if comparison.of(task)}
+    with rc_context(STYLE):
+        page = _render(
+            "reproduce.html.j2",
+            comparison=comparison,
+            tables=tables,
+            figures={
+                (task, name): _differences(comparison, task, name)
+                for task in tables
+                for name in JUDGED[task]
+            },
+            count=len(comparison.rows) * len(comparison.seeds) * 2,
+            epochs=sorted({config.optim.epochs for config in comparison.configs}),
+        )
+    write_text(path, page)
+
+
+def _differences(comparison: Comparison, task: str, name: str) -> str:
+    """The difference that the metric makes to a number of each loss, with its interval."""
+    rows = comparison.of(task)[::-1]
+    middles, halves = zip(*(row.difference(name) for row in rows), strict=True)
+    figure, axes = _axes(height=1.1 + 0.3 * len(rows))
+    axes.axvline(0, color="#98a1b0", linewidth=1)
+    axes.errorbar(
+        100 * np.array(middles),
+        range(len(rows)),
+        xerr=100 * np.nan_to_num(halves),
+        fmt="o",
+        color=COLORS["introspective"],
+        markersize=5,
+        linewidth=1.5,
+        capsize=3,
+    )
+    axes.set_yticks(range(len(rows)), [row.title for row in rows])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set(xlabel="percentage points", title=f"Δ {QUALITIES[task][name]}")
+    axes.grid(axis="x")
+    return _svg(figure)
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    versions = {name: version(name) for name in ("idml_fast", "torch")}
+    return environment.get_template(template).render(versions=versions, **values)
 
 
 def _cell(value: float | None, form: str) -> str:

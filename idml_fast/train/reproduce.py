@@ -1,0 +1,387 @@
+"""The comparison: every loss with the conventional and the introspective metric, over seeds."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from scipy.stats import t as student_t
+from tqdm import tqdm
+
+from .config import RECIPES, Config, config_of
+from .data import load_data
+from .folder import difference, to_json, write_text
+from .loop import train
+from .outcome import JUDGED, QUALITIES, evaluate
+from .report import write_comparison
+
+PREFIX = "reproduce_"
+METRICS = ("conventional", "introspective")
+TITLES = {
+    "proxy_anchor": "Proxy-Anchor",
+    "proxy_nca": "Proxy-NCA",
+    "multi_similarity": "Multi-Similarity",
+    "contrastive": "Contrastive",
+    "triplet_margin": "Triplet, semi-hard",
+    "margin": "Margin, distance-weighted",
+    "fast_ap": "FastAP",
+    "npairs": "N-pair",
+    "nca": "NCA",
+    "ntxent": "NT-Xent",
+    "supcon": "SupCon",
+    "softmax": "Softmax",
+    "softmax_mixup": "Softmax, Mixup",
+    "softmax_cutmix": "Softmax, CutMix",
+}
+UNCERTAINTIES = {
+    "spearman_blur": "blur",
+    "spearman_noise": "noise",
+    "spearman_occlusion": "occlusion",
+}
+PAPER = Path(__file__).parent / "paper.csv"
+
+
+class SettingsError(ValueError):
+    """An argument of `reproduce` does not fit."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A loss of the comparison.
+
+    Args:
+        name: in the recipe.
+        task: ``retrieval`` or ``classification``.
+        results: by metric, one mapping of numbers for each seed, in the order of the seeds.
+    """
+
+    name: str
+    task: str
+    results: dict[str, list[dict[str, float | None]]]
+
+    @property
+    def title(self) -> str:
+        """As it is shown."""
+        return TITLES[self.name]
+
+    def values(self, metric: str, name: str) -> np.ndarray:  # [seeds]
+        """A number of every seed; NaN where there is none."""
+        found = [result.get(name) for result in self.results[metric]]
+        return np.array([np.nan if value is None else value for value in found], dtype=float)
+
+    def mean(self, metric: str, name: str) -> tuple[float, float]:
+        """Mean and standard deviation (of a sample) over the seeds."""
+        values = self.values(metric, name)
+        return values.mean(), values.std(ddof=1) if len(values) > 1 else np.nan
+
+    def difference(self, name: str) -> tuple[float, float]:
+        """Introspective less conventional with the same seed: the mean, and half the width of its
+        95 % interval by Student's t; NaN with one seed."""
+        differences = self.values("introspective", name) - self.values("conventional", name)
+        count = len(differences)
+        if count < 2:
+            return differences.mean(), np.nan
+        error = differences.std(ddof=1) / count**0.5
+        return differences.mean(), student_t.ppf(0.975, count - 1) * error
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, and how they are written.
+
+    Args:
+        dataset: whose comparison it is.
+        seeds: of the runs.
+        rows: one for each loss.
+        configs: of all runs; either metric was trained with each.
+    """
+
+    dataset: str
+    seeds: tuple[int, ...]
+    rows: list[Row]
+    configs: list[Config]
+
+    def of(self, task: str) -> list[Row]:
+        """The rows of a task."""
+        return [row for row in self.rows if row.task == task]
+
+    def verdicts(self) -> list[str]:
+        """In words, for each number that is judged: where the introspective metric helps, and where
+        not."""
+        told = []
+        for task, names in JUDGED.items():
+            for name in names if self.of(task) else ():
+                groups: dict[str, list[str]] = {"higher": [], "lower": [], "open": []}
+                for row in self.of(task):
+                    middle, half = row.difference(name)
+                    clear = abs(middle) > half  # not for a NaN: one seed says nothing
+                    groups["open" if not clear else "higher" if middle > 0 else "lower"].append(
+                        row.title
+                    )
+                parts = [
+                    f"{which} with the introspective metric for {'; '.join(groups[which])}"
+                    for which in ("higher", "lower")
+                    if groups[which]
+                ]
+                if groups["open"]:
+                    seeds = "the spread of the seeds"
+                    parts.append(f"no difference beyond {seeds} for {'; '.join(groups['open'])}")
+                first, *others = parts
+                said = ". ".join([first, *(part[0].upper() + part[1:] for part in others)])
+                told.append(f"{task.capitalize()}, {QUALITIES[task][name]}: {said}.")
+        return told
+
+    def to_text(self) -> str:
+        """The tables for a terminal, beside the paper's numbers on other data, and the verdicts."""
+        lines = []
+        for task in QUALITIES:
+            if self.of(task):
+                head, *body = self.table(task)
+                widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+                for row in (head, ["─" * width for width in widths], *body):
+                    cells = zip(row, widths, strict=True)
+                    first, *others = [cell.ljust(width) for cell, width in cells]
+                    lines.append("  ".join([first, *others]).rstrip())
+                lines.append("")
+        versions = ", ".join(f"{name} {version(name)}" for name in ("idml_fast", "torch"))
+        return "\n".join([*lines, self.note, *self.verdicts(), versions])
+
+    @property
+    def note(self) -> str:
+        """What the numbers of the tables are."""
+        return (
+            f"In percent: mean ± standard deviation over {len(self.seeds)} seeds; Δ: introspective "
+            "less conventional, seed by seed, with its 95 % interval. ρ: Spearman's correlation of "
+            "the uncertainty with the damage done to an image. The columns of the paper are its "
+            "own Recall@1 (or top-1) on other, larger data: a reference, nothing to be reached "
+            "here."
+        )
+
+    def table(self, task: str) -> list[list[str]]:
+        """The head and the rows of a task's table, as text."""
+        published = paper()
+        sets = dict.fromkeys(data for (_, _, data), _ in published.items() if task_of(data) == task)
+        first, *others = QUALITIES[task].items()
+        head = ["loss", "metric", first[1], *(f"paper: {data}" for data in sets)]
+        head += [short for _, short in others]
+        head += [f"Δ {QUALITIES[task][name]}" for name in JUDGED[task]]
+        table = [[*head, *(f"ρ {damage}" for damage in UNCERTAINTIES.values())]]
+        for row in self.of(task):
+            for metric in METRICS:
+                cells = [percent(*row.mean(metric, first[0]))]
+                cells += [published.get((row.name, metric, data), "") for data in sets]
+                cells += [percent(*row.mean(metric, name)) for name, _ in others]
+                if metric == "introspective":
+                    cells += [percent(*row.difference(name), signed=True) for name in JUDGED[task]]
+                    cells += [rank(*row.mean(metric, name)) for name in UNCERTAINTIES]
+                title = row.title if metric == METRICS[0] else ""
+                table.append([title, metric, *cells, *[""] * (len(table[0]) - 2 - len(cells))])
+        return table
+
+    def to_csv(self) -> str:
+        """Every number of every run: a line for each loss, metric and seed."""
+        names = [name for qualities in QUALITIES.values() for name in qualities]
+        names += ["unc_norm_mean", "unc_norm_std", "unc_grad_norm", *UNCERTAINTIES]
+        buffer = StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(["dataset", "loss", "task", "metric", "seed", *names])
+        for row in self.rows:
+            for metric in METRICS:
+                for seed, result in zip(self.seeds, row.results[metric], strict=True):
+                    values = [result.get(name) for name in names]
+                    writer.writerow([self.dataset, row.name, row.task, metric, seed, *values])
+        return buffer.getvalue()
+
+
+def reproduce(
+    dataset: str = "digits",
+    *,
+    losses: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    epochs: int | None = None,
+    folder: str | Path = "runs/reproduce",
+) -> Comparison:
+    """Train every loss with both metrics and every seed, and write the table.
+
+    A run is written as soon as it is done, to ``<folder>/<loss>/<metric>-<seed>.json``; a second
+    call goes on where the first one stopped. At the end there are ``reproduce.txt``,
+    ``reproduce.csv`` and ``report.html``.
+
+    Args:
+        dataset: which comparison: a recipe ``reproduce_<dataset>.yaml``.
+        losses: rows of that recipe; None: all.
+        seeds: of the weights, the order of the images and, in classification, their split.
+        epochs: of every run; None: as the recipe says.
+        folder: where it is written.
+
+    Raises:
+        SettingsError: an argument does not fit; the message says which, and what would.
+        FileExistsError: the folder holds a run of another configuration.
+    """
+    folder = Path(folder)
+    configs = configurations(dataset, losses, seeds, epochs, folder)
+    # All are looked at before the first is trained.
+    found = {
+        (name, metric, seed): read(path_of(folder, name, metric, seed), config)
+        for (name, seed), config in configs.items()
+        for metric in METRICS
+    }
+    missing = [key for key, results in found.items() if results is None]
+    with tqdm(missing, unit="run", disable=None) as progress:
+        for name, metric, seed in progress:
+            progress.set_description(f"{TITLES[name]}, {metric}, seed {seed}")
+            config = configs[name, seed]
+            results = found[name, metric, seed] = run_one(config, metric)
+            done = {"config": described(config), "results": results}
+            path = path_of(folder, name, metric, seed)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, to_json(done, indent=1) + "\n")
+    rows = [
+        Row(
+            name,
+            configs[name, seeds[0]].data.task,
+            {metric: [found[name, metric, seed] for seed in seeds] for metric in METRICS},
+        )
+        for name in dict.fromkeys(name for name, _ in configs)
+    ]
+    comparison = Comparison(dataset, tuple(seeds), rows, list(configs.values()))
+    write_text(folder / "reproduce.txt", comparison.to_text() + "\n")
+    write_text(folder / "reproduce.csv", comparison.to_csv())
+    write_comparison(folder / "report.html", comparison)
+    print(f"\n{comparison.to_text()}\n\n{folder / 'report.html'}")
+    return comparison
+
+
+def load_recipe(dataset: str) -> dict[str, Any]:
+    """The packaged comparison of that name: ``common`` settings, and those of each of its rows.
+
+    Raises:
+        SettingsError: there is none of that name.
+    """
+    packaged = {path.stem.removeprefix(PREFIX): path for path in RECIPES.glob(f"{PREFIX}*.yaml")}
+    if dataset not in packaged:
+        raise SettingsError(f"dataset must be one of {', '.join(sorted(packaged))}, got {dataset}")
+    return yaml.safe_load(packaged[dataset].read_text("utf-8"))
+
+
+def configurations(
+    dataset: str,
+    losses: Sequence[str] | None,
+    seeds: Sequence[int],
+    epochs: int | None,
+    folder: Path,
+) -> dict[tuple[str, int], Config]:
+    """The configuration of every row and seed; arguments and errors are those of `reproduce`."""
+    recipe = load_recipe(dataset)
+    rows = recipe["rows"]
+    losses = list(rows) if losses is None else list(losses)
+    unknown = [name for name in losses if name not in rows]
+    if unknown or not losses or len(set(losses)) < len(losses):
+        got = unknown[0] if unknown else losses
+        raise SettingsError(f"losses must be different ones of {', '.join(rows)}, got {got}")
+    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise SettingsError(f"seeds must be different numbers >= 0, got {list(seeds)}")
+    if epochs is not None and epochs < 1:
+        raise SettingsError(f"epochs must be >= 1, got {epochs}")
+    found = {}
+    for name in losses:
+        values = merged(recipe["common"], rows[name])
+        if epochs is not None:
+            values = merged(values, {"optim": {"epochs": epochs}})
+        for seed in seeds:
+            run = {"seed": int(seed), "folder": str(folder)}
+            found[name, seed] = config_of(merged(values, {"name": name, "run": run}))
+    return found
+
+
+def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Both, the second where they differ."""
+    both = {**first, **second}
+    for key in first.keys() & second.keys():
+        if isinstance(first[key], dict) and isinstance(second[key], dict):
+            both[key] = merged(first[key], second[key])
+    return both
+
+
+def run_one(config: Config, metric: str) -> dict[str, float | None]:
+    """Train one network, and what it is worth after its last epoch."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.run.threads or threads)
+    try:
+        accelerator = Accelerator(mixed_precision=config.run.mixed_precision, cpu=config.run.cpu)
+        data = load_data(config.data, config.run.seed)
+        lines: list[dict[str, Any]] = []
+        trained = train(
+            accelerator, config, data, metric, config.metrics[metric], lines.append, watch=False
+        )
+        return evaluate(*trained, config, data, lines).results
+    finally:
+        torch.set_num_threads(threads)
+
+
+def path_of(folder: Path, name: str, metric: str, seed: int) -> Path:
+    """The file of one run."""
+    return folder / name / f"{metric}-{seed}.json"
+
+
+def described(config: Config) -> dict[str, Any]:
+    """What a run depends on: all but the folder, which may be moved."""
+    values = yaml.safe_load(config.to_yaml())
+    del values["run"]["folder"]
+    return values
+
+
+def read(path: Path, config: Config) -> dict[str, float | None] | None:
+    """The results of a run that is done; None if it is not.
+
+    Raises:
+        FileExistsError: the file is of another configuration.
+    """
+    if not path.exists():
+        return None
+    try:
+        done = json.loads(path.read_text("utf-8"))
+        before, results = done["config"], done["results"]
+    except (ValueError, KeyError, TypeError):
+        raise FileExistsError(f"{path} is no result of a run; remove it or its folder") from None
+    if before != described(config):
+        told = difference(before, described(config))
+        raise FileExistsError(f"{path} holds {told}; choose another --folder, or remove that one")
+    return results
+
+
+def paper() -> dict[tuple[str, str, str], str]:
+    """The paper's Recall@1 (top-1 of a classification) in percent, by row, metric and data set."""
+    with PAPER.open(encoding="utf-8", newline="") as file:
+        return {
+            (line["row"], line["metric"], line["data"]): line["recall_at_1"] or line["top_1"]
+            for line in csv.DictReader(file)
+        }
+
+
+def task_of(data: str) -> str:
+    """What the paper does with a data set."""
+    return "retrieval" if data in ("CUB", "Cars", "SOP") else "classification"
+
+
+def percent(middle: float, spread: float, signed: bool = False) -> str:
+    """A share and its spread, in percent."""
+    text = f"{100 * middle:+.1f}" if signed else f"{100 * middle:.1f}"
+    return text if np.isnan(spread) else f"{text} ± {100 * spread:.1f}"
+
+
+def rank(middle: float, spread: float) -> str:
+    """A rank correlation and its spread."""
+    if np.isnan(middle):
+        return "undefined"
+    return f"{middle:+.2f}" if np.isnan(spread) else f"{middle:+.2f} ± {spread:.2f}"
