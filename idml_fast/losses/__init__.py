@@ -6,11 +6,15 @@ columns, such as the ones of an `idml_fast.MemoryBank`. (The losses with proxies
 with the proxies, like the batch itself.) All are small expressions of `idml_fast.rowstats`,
 `idml_fast.paired` and `idml_fast.nearest`: nothing of N x M is allocated.
 
-Names, arguments and definitions follow pytorch-metric-learning, see ``metric`` for the score ``x``:
-a distance, or a similarity for a metric of form ``"cosine"``. `Metric.plain` makes each the
-conventional loss. Embeddings are taken as they come: normalise ``sem`` in the model, leave ``unc``
-as it is. A batch without a valid pair has loss 0 and zero gradients. The loss is float32 (float64
-for float64), also under autocast.
+Names, arguments and definitions follow pytorch-metric-learning. ``metric`` gives the score: a
+distance, or a similarity in the cosine forms. `Metric.plain` makes each the conventional loss.
+Embeddings are taken as they come: normalise ``sem`` in the model, leave ``unc`` as it is. A batch
+without a valid pair has loss 0 and zero gradients. The loss is float32 (float64 for float64), also
+under autocast.
+
+``torch.compile(fullgraph=True)`` takes each of them, except for those that list pairs whose number
+per row depends on the labels: there the graph breaks (triplets but for ``mining="hard"``, N-pair,
+and the margin loss with negatives that are drawn).
 """
 
 from .classification import IntrospectiveSoftmax, introspective_softmax_loss
