@@ -80,6 +80,8 @@ class MemoryBank(nn.Module):
     ) -> None:
         """Remember these items, in the place of the oldest; of more than ``size`` the last ones.
 
+        They are kept in the bank's own dtypes, whatever autocast has made of them.
+
         Raises:
             TypeError, ValueError: shapes, dtypes of the labels, or devices do not fit the bank.
         """
