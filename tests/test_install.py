@@ -100,7 +100,7 @@ def sources():
     for kind in (ROOT / "kernels").iterdir():
         inside = Path(f"idml_fast/_{kind.name}")
         package |= {p: inside / p.relative_to(kind) for p in kind.rglob("*")}
-    kept = (".py", ".yaml", ".j2")
+    kept = (".py", ".yaml", ".j2", ".csv")
     return {str(name) for path, name in package.items() if path.suffix in kept}
 
 
