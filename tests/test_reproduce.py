@@ -222,7 +222,6 @@ def test_mean_and_deviation():
         ([0.02, 0.021, 0.019], "higher with the introspective metric for Contrastive."),
         ([-0.02, -0.021, -0.019], "lower with the introspective metric for Contrastive."),
         ([0.02, -0.01, 0.005], "no difference beyond the spread of the seeds for Contrastive."),
-        ([0.3], "no difference beyond the spread of the seeds for Contrastive."),
     ],
 )
 def test_the_verdict_follows_the_interval(differences, told):
@@ -231,6 +230,12 @@ def test_the_verdict_follows_the_interval(differences, told):
     assert verdicts == [
         f"Retrieval, {QUALITIES['retrieval'][x]}: {told}" for x in JUDGED["retrieval"]
     ]
+
+
+def test_one_seed_says_nothing():
+    comparison = Comparison("digits", (0,), [made_up([0.3])], [])
+    assert comparison.verdicts() == ["One seed cannot tell the metrics apart."]
+    assert comparison.note.startswith("In percent: of one seed;")
 
 
 def test_verdicts_name_the_losses_apart():

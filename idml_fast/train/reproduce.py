@@ -118,13 +118,15 @@ class Comparison:
     def verdicts(self) -> list[str]:
         """In words, for each number that is judged: where the introspective metric helps, and where
         not."""
+        if len(self.seeds) < 2:
+            return ["One seed cannot tell the metrics apart."]
         told = []
         for task, names in JUDGED.items():
             for name in names if self.of(task) else ():
                 groups: dict[str, list[str]] = {"higher": [], "lower": [], "open": []}
                 for row in self.of(task):
                     middle, half = row.difference(name)
-                    clear = abs(middle) > half  # not for a NaN: one seed says nothing
+                    clear = abs(middle) > half
                     groups["open" if not clear else "higher" if middle > 0 else "lower"].append(
                         row.title
                     )
@@ -159,8 +161,10 @@ class Comparison:
     @property
     def note(self) -> str:
         """What the numbers of the tables are."""
+        count = len(self.seeds)
+        over = f"mean ± standard deviation over {count} seeds" if count > 1 else "of one seed"
         return (
-            f"In percent: mean ± standard deviation over {len(self.seeds)} seeds; Δ: introspective "
+            f"In percent: {over}; Δ: introspective "
             "less conventional, seed by seed, with its 95 % interval. ρ: Spearman's correlation of "
             "the uncertainty with the damage done to an image. The columns of the paper are its "
             "own Recall@1 (or top-1) on other, larger data: a reference, nothing to be reached "
