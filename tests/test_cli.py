@@ -173,7 +173,12 @@ def test_overwrite_is_not_saved():
         (["--loss.name", "softmax"], "for data.task retrieval, got softmax"),
         (["--loss.options.alhpa", "2"], "loss.options of proxy_anchor must be one of alpha"),
         (["--loss.options.alpha", "-2"], "loss proxy_anchor: alpha must be > 0 and finite, got -2"),
+        (
+            ["--loss.name", "margin", "--loss.options.num_classes", "3"],
+            "loss.options.num_classes must be null or 5, the number of classes that are learned",
+        ),
         (["--loss.memory", "-1"], "loss.memory must be >= 0, got -1"),
+        (["--loss.memory_epoch", "0"], "loss.memory_epoch must be > 0, got 0"),
         (["--data.name", "cub"], "data.name must be digits, got cub"),
         (["--data.task", "classification", "--loss.memory", "9"], "loss.memory must be 0"),
         (["--mix_alpha", "0"], "mix_alpha must be > 0, got 0"),

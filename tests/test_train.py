@@ -457,6 +457,14 @@ def test_a_boundary_learns(tmp_path):
     assert criterion.loss.beta.item() != pytest.approx(1.2, abs=1e-4)
 
 
+def test_every_class_may_have_a_boundary(tmp_path):
+    options = {"learn_beta": True, "num_classes": 5}
+    config = tiny(tmp_path, loss=LossConfig(name="margin", options=options))
+    assert config.criterion(config.metrics["introspective"]).loss.beta.shape == (5,)
+    _, lines = trained(config, config.metrics["introspective"])
+    assert lines[-1]["loss"] > 0
+
+
 def test_a_memory_bank_is_filled_used_and_saved(tmp_path):
     config = tiny(tmp_path, loss=LossConfig(name="contrastive", memory=200))
     data, metric, lines = load_data(config.data), config.metrics["introspective"], []

@@ -190,6 +190,7 @@ class Config:
             "optim.lr": self.optim.lr,
             "optim.clip": self.optim.clip,
             "optim.step": self.optim.step,
+            "loss.memory_epoch": self.loss.memory_epoch,
             "mix_alpha": self.mix_alpha,
             "run.threads": 1 if self.run.threads is None else self.run.threads,
         }

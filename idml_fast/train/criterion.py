@@ -70,6 +70,12 @@ class Criterion(nn.Module):
         if unknown:
             known = f"one of {', '.join(sorted(wanted))}" if wanted else "none at all"
             raise ValueError(f"loss.options of {config.name} must be {known}, got {unknown[0]}")
+        classes = options.get("num_classes")
+        if classes not in (None, num_classes):  # found out by a label otherwise, in training
+            raise ValueError(
+                f"loss.options.num_classes must be null or {num_classes}, the number of classes "
+                f"that are learned, got {classes}"
+            )
         if "proxy_unc" in options and not metric.reads_unc:
             options["proxy_unc"] = "zero"  # nothing would teach the others
         try:
