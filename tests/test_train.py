@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from idml_fast import Metric, backend, losses
-from idml_fast.train import Config, TwoHeaded, load, load_config, run
+from idml_fast.train import Config, TwoHeaded, load, load_config, load_loss, run
 from idml_fast.train.config import (
     DataConfig,
     LossConfig,
@@ -313,8 +313,11 @@ def test_load_refuses_other_files(tmp_path):
     with pytest.raises(FileNotFoundError):
         load(tmp_path / "none.safetensors")
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="path must be a model that idml-fast train has written"):
-        load(tmp_path / "other.safetensors")
+    for function in (load, load_loss):
+        with pytest.raises(
+            ValueError, match="path must be a model that idml-fast train has written"
+        ):
+            function(tmp_path / "other.safetensors")
 
 
 def test_digits_are_split_by_class():
@@ -502,6 +505,28 @@ def test_classification_learns_and_reports(classified):
     page = (config.folder / "report.html").read_text("utf-8")
     assert "Top-1" in page
     assert "Recall@1" not in page
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_trained_classifier_comes_back(classified, metric):
+    config, results = classified
+    path = config.folder / f"{metric}.safetensors"
+    (model, learned), head = load(path), load_loss(path)
+    assert isinstance(head, losses.IntrospectiveSoftmax)
+    assert not head.training
+    assert head.metric == learned == config.metrics[metric]
+    data = load_data(config.data, config.run.seed)
+    with torch.no_grad():
+        right = head.logits(model(data.test_images)[0]).argmax(1) == data.test_labels
+    assert right.double().mean().item() == results[metric]["top_1"]
+
+
+def test_the_proxies_of_a_run_come_back(finished):
+    config, _ = finished
+    path = config.folder / "introspective.safetensors"
+    loss = load_loss(path)
+    assert isinstance(loss, losses.ProxyAnchorLoss)
+    assert torch.equal(loss.proxies, load_file(path)["loss.proxies"])
 
 
 def test_digits_are_split_within_the_classes_by_seed():

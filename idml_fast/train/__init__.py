@@ -8,7 +8,7 @@ Needs the extra ``idml_fast[train]``; ``import idml_fast`` does not load it.
 
 from .config import Config, load_config
 from .loop import run
-from .model import TwoHeaded, load
+from .model import TwoHeaded, load, load_loss
 from .reproduce import reproduce
 
-__all__ = ["Config", "TwoHeaded", "load", "load_config", "reproduce", "run"]
+__all__ = ["Config", "TwoHeaded", "load", "load_config", "load_loss", "reproduce", "run"]

@@ -61,6 +61,7 @@ class Criterion(nn.Module):
         self, config: LossConfig, metric: Metric, num_classes: int, sem_dim: int, unc_dim: int
     ) -> None:
         super().__init__()
+        self.config, self.num_classes = config, num_classes
         loss, options = LOSSES[config.name], dict(config.options)
         sizes: dict[str, Any] = {}
         if issubclass(loss, ProxyLoss):

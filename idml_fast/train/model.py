@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -14,7 +15,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from ..metric import Metric
-from .config import ModelConfig
+from .config import LossConfig, ModelConfig
 from .criterion import Criterion
 from .folder import written_whole
 
@@ -69,7 +70,7 @@ def save(model: TwoHeaded, criterion: Criterion, path: Path) -> None:
     """Write the model as safetensors, with the metric and the widths in the file's metadata.
 
     What the loss has learned and remembers is in the file too, its names beginning with ``loss.``
-    and ``bank.``; `load` leaves it there.
+    and ``bank.``: `load_loss` finds it there.
     """
     described = {
         "model": {
@@ -77,6 +78,7 @@ def save(model: TwoHeaded, criterion: Criterion, path: Path) -> None:
             "channels": model.channels,
             "size": model.size,
         },
+        "loss": {"config": asdict(criterion.config), "num_classes": criterion.num_classes},
         "metric": asdict(criterion.loss.metric),
     }
     # One entry: the order of several is not the same from file to file.
@@ -99,13 +101,35 @@ def load(path: str | Path) -> tuple[TwoHeaded, Metric]:
     >>> model, metric = load("runs/digits/introspective.safetensors")  # doctest: +SKIP
     >>> sem, unc = model(images)  # doctest: +SKIP
     """
+    described, state = _read(path)
+    config = ModelConfig(**described["model"].pop("config"))
+    model = TwoHeaded(config, **described["model"])
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    return model.eval(), Metric(**described["metric"])
+
+
+def load_loss(path: str | Path) -> nn.Module:
+    """The loss of a run with what it has learned: proxies, a boundary, or a classification head.
+
+    Arguments and errors are those of `load`. In evaluation mode on the CPU.
+
+    >>> path = "runs/softmax/introspective.safetensors"
+    >>> (model, _), head = load(path), load_loss(path)  # doctest: +SKIP
+    >>> classes = head.logits(model(images)[0]).argmax(1)  # doctest: +SKIP
+    """
+    described, state = _read(path)
+    widths = (described["model"]["config"][name] for name in ("sem_dim", "unc_dim"))
+    config = LossConfig(**described["loss"]["config"])
+    num_classes = described["loss"]["num_classes"]
+    criterion = Criterion(config, Metric(**described["metric"]), num_classes, *widths)
+    criterion.load_state_dict({name: state[name] for name in criterion.state_dict()})
+    return criterion.loss.eval()
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the file says of itself, and its tensors."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
     if METADATA not in metadata:
         raise ValueError(f"path must be a model that idml-fast train has written, got {path}")
-    described = json.loads(metadata[METADATA])
-    config = ModelConfig(**described["model"].pop("config"))
-    model = TwoHeaded(config, **described["model"])
-    state = load_file(path)
-    model.load_state_dict({name: state[name] for name in model.state_dict()})
-    return model.eval(), Metric(**described["metric"])
+    return json.loads(metadata[METADATA]), load_file(path)
