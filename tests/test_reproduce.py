@@ -71,10 +71,14 @@ def test_every_run_is_written(compared):
     assert [row.name for row in comparison.rows] == ROWS
 
 
-def test_the_csv_has_every_number(compared):
+def lines_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_csv_of_the_runs_has_every_number(compared):
     comparison, folder = compared
-    with (folder / "reproduce.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = lines_of(folder / "runs.csv")
     keys = [(x["loss"], x["metric"], x["seed"]) for x in lines]
     assert keys == [(name, metric, seed) for name in ROWS for metric in METRICS for seed in "01"]
     for line in lines:
@@ -82,6 +86,29 @@ def test_the_csv_has_every_number(compared):
         result = row.results[line["metric"]][int(line["seed"])]
         for name in QUALITIES[row.task]:
             assert float(line[name]) == result[name]
+
+
+def test_the_csv_has_means_deviations_differences_and_the_papers_numbers(compared):
+    comparison, folder = compared
+    lines = lines_of(folder / "reproduce.csv")
+    assert [(x["loss"], x["metric"]) for x in lines] == [(n, m) for n in ROWS for m in METRICS]
+    for line in lines:
+        row = next(row for row in comparison.rows if row.name == line["loss"])
+        for name in QUALITIES[row.task]:
+            values = row.values(line["metric"], name)
+            assert float(line[f"{name}_mean"]) == pytest.approx(values.mean())
+            assert float(line[f"{name}_std"]) == pytest.approx(values.std(ddof=1))
+        for name in JUDGED[row.task]:
+            told = [line[f"{name}_difference"], line[f"{name}_interval"]]
+            if line["metric"] == "conventional":
+                assert told == ["", ""]
+            else:
+                assert [float(x) for x in told] == pytest.approx(row.difference(name))
+        assert (line["spearman_blur_mean"] == "") == (line["metric"] == "conventional")
+        other = "recall_at_1_mean" if row.task == "classification" else "top_1_mean"
+        assert line[other] == ""
+    assert [x["paper_CUB"] for x in lines] == ["0.656", "0.672", "", ""]
+    assert [x["paper_ImageNet"] for x in lines][2:] == ["0.7742", "0.7795"]
 
 
 def test_the_text_shows_means_deviations_and_the_papers_numbers(compared):

@@ -48,6 +48,11 @@ UNCERTAINTIES = {
     "spearman_noise": "noise",
     "spearman_occlusion": "occlusion",
 }
+NUMBERS = (
+    *(name for qualities in QUALITIES.values() for name in qualities),
+    *("unc_norm_mean", "unc_norm_std", "unc_grad_norm"),
+    *UNCERTAINTIES,
+)
 PAPER = Path(__file__).parent / "paper.csv"
 
 
@@ -193,18 +198,36 @@ class Comparison:
         return table
 
     def to_csv(self) -> str:
+        """The tables as shares, not percent: a line for each loss and metric, with mean and
+        standard deviation, the differences and half of their 95 % intervals, the paper's number."""
+        published = paper()
+        sets = list(dict.fromkeys(data for _, _, data in published))
+        judged = [name for names in JUDGED.values() for name in names]
+        head = ["dataset", "loss", "task", "metric", "seeds"]
+        head += [f"{name}_{what}" for name in NUMBERS for what in ("mean", "std")]
+        head += [f"{name}_{what}" for name in judged for what in ("difference", "interval")]
+        lines = [[*head, *(f"paper_{data}" for data in sets)]]
+        for row in self.rows:
+            for metric in METRICS:
+                cells = [x for name in NUMBERS for x in row.mean(metric, name)]
+                for name in judged:
+                    introspective = metric == "introspective"
+                    cells += row.difference(name) if introspective else (np.nan, np.nan)
+                shown = ["" if np.isnan(x) else float(x) for x in cells]
+                about = [self.dataset, row.name, row.task, metric, len(self.seeds)]
+                theirs = [published.get((row.name, metric, data)) for data in sets]
+                lines.append([*about, *shown, *(x and round(float(x) / 100, 6) for x in theirs)])
+        return written(lines)
+
+    def runs_to_csv(self) -> str:
         """Every number of every run: a line for each loss, metric and seed."""
-        names = [name for qualities in QUALITIES.values() for name in qualities]
-        names += ["unc_norm_mean", "unc_norm_std", "unc_grad_norm", *UNCERTAINTIES]
-        buffer = StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["dataset", "loss", "task", "metric", "seed", *names])
+        lines = [["dataset", "loss", "task", "metric", "seed", *NUMBERS]]
         for row in self.rows:
             for metric in METRICS:
                 for seed, result in zip(self.seeds, row.results[metric], strict=True):
-                    values = [result.get(name) for name in names]
-                    writer.writerow([self.dataset, row.name, row.task, metric, seed, *values])
-        return buffer.getvalue()
+                    values = [result.get(name) for name in NUMBERS]
+                    lines.append([self.dataset, row.name, row.task, metric, seed, *values])
+        return written(lines)
 
 
 def reproduce(
@@ -218,8 +241,8 @@ def reproduce(
     """Train every loss with both metrics and every seed, and write the table.
 
     A run is written as soon as it is done, to ``<folder>/<loss>/<metric>-<seed>.json``; a second
-    call goes on where the first one stopped. At the end there are ``reproduce.txt``,
-    ``reproduce.csv`` and ``report.html``.
+    call goes on where the first one stopped. At the end there are the table, ``reproduce.txt``,
+    ``reproduce.csv`` and ``report.html``, and ``runs.csv`` with every run.
 
     Args:
         dataset: which comparison: a recipe ``reproduce_<dataset>.yaml``.
@@ -261,6 +284,7 @@ def reproduce(
     comparison = Comparison(dataset, tuple(seeds), rows, list(configs.values()))
     write_text(folder / "reproduce.txt", comparison.to_text() + "\n")
     write_text(folder / "reproduce.csv", comparison.to_csv())
+    write_text(folder / "runs.csv", comparison.runs_to_csv())
     write_comparison(folder / "report.html", comparison)
     print(f"\n{comparison.to_text()}\n\n{folder / 'report.html'}")
     return comparison
@@ -371,6 +395,13 @@ def paper() -> dict[tuple[str, str, str], str]:
             (line["row"], line["metric"], line["data"]): line["recall_at_1"] or line["top_1"]
             for line in csv.DictReader(file)
         }
+
+
+def written(lines: list[list[Any]]) -> str:
+    """Lines as CSV; None is an empty cell."""
+    buffer = StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(lines)
+    return buffer.getvalue()
 
 
 def task_of(data: str) -> str:
