@@ -304,7 +304,10 @@ def test_an_infinite_score_is_found_and_a_missing_column_is_not(largest):
 def test_any_problem(data):
     """On a grid, where scores tie and are exact: whatever the tiles, blocks and conditions are, the
     reference is met in every column."""
-    pick = lambda name, *choices: data.draw(strategies.sampled_from(choices), label=name)  # noqa: E731
+
+    def pick(name, *choices):
+        return data.draw(strategies.sampled_from(choices), label=name)
+
     n, m = (data.draw(strategies.integers(1, 40), label=name) for name in ("n", "m"))
     alone = data.draw(strategies.booleans(), label="rows against themselves")
     inputs = on_a_grid(n, None if alone else m, seed=data.draw(strategies.integers(0, 99)))

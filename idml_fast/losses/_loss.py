@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import _checks
 from .._operands import autocast
@@ -133,6 +134,15 @@ class Loss(nn.Module):
         """The settings that `print` shows."""
         shown = (name for name in self._names if name not in self._own)
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """``log(1 + exp(x))``: of a log-sum-exp, the logarithm of 1 and the sum; 0 for no columns.
+
+    Above its threshold PyTorch leaves out ``exp(-x)``, which at its own 20 is far more than float64
+    rounds.
+    """
+    return F.softplus(x, threshold=40.0)
 
 
 def _settings(function: Callable[..., Tensor]) -> list[inspect.Parameter]:

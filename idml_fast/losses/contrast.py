@@ -6,12 +6,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import _checks
 from ..metric import FORMS, Metric
 from ..stats import Count, LogSumExp, Sum
-from ._loss import Loss, Pairs, loss_function
+from ._loss import Loss, Pairs, loss_function, softplus
 from ._positive import listed, positive_columns
 
 
@@ -128,8 +127,8 @@ def ntxent_loss(
     table = positive_columns(pairs.labels, pairs.labels2)
     rows, cols = listed(table)
     pull = scale * pairs.paired(metric, (rows, cols))
-    # -log(e^pull / (e^pull + e^push)), exact beyond PyTorch's own threshold of 20 as well.
-    return F.softplus(push[rows] - pull, threshold=40.0).sum() / (table >= 0).sum().clamp_min(1)
+    terms = softplus(push[rows] - pull)  # -log(e^pull / (e^pull + e^push))
+    return terms.sum() / (table >= 0).sum().clamp_min(1)
 
 
 class NTXentLoss(Loss, function=ntxent_loss):
@@ -176,15 +175,7 @@ def npairs_loss(
     other, other_unc = (sem, unc) if sem2 is None else (sem2, unc2)
     classes = torch.arange(len(anchors), device=labels.device)
     rows = sem[anchors], _rows(unc, anchors), classes
-    closeness = {"scale": -metric.sign}
-    found = Pairs(*rows, other[columns], _rows(other_unc, columns), classes).rowstats(
-        metric,
-        {
-            "own": LogSumExp(where="same", **closeness),
-            "every": LogSumExp(where="any", **closeness),
-        },
-    )
-    return (found["every"] - found["own"]).sum() / max(1, len(anchors))
+    return nca_loss(*rows, other[columns], _rows(other_unc, columns), classes, metric=metric)
 
 
 class NPairsLoss(Loss, function=npairs_loss):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import _checks
 from ..metric import FORMS, Metric
 from ..stats import HingeCount, HingeSum, LogSumExp, Max, Min
-from ._loss import Loss, Pairs, loss_function
+from ._loss import Loss, Pairs, loss_function, softplus
 
 
 @loss_function
@@ -99,9 +98,7 @@ def multi_similarity_loss(
         "push": LogSumExp(where="different", scale=-sign * beta, shift=base, **pushed),
     }
     found = pairs.rowstats(metric, stats)
-    # log(1 + sum exp) is the softplus of the log-sum-exp, and 0 for a row without columns. Above
-    # its threshold PyTorch leaves out exp(-x), which at its own 20 is far more than float64 rounds.
-    pull, push = (F.softplus(found[name], threshold=40.0) for name in ("pull", "push"))
+    pull, push = softplus(found["pull"]), softplus(found["push"])  # log(1 + sum exp)
     return (pull / alpha + push / beta).sum() / max(1, len(pairs.sem))
 
 

@@ -12,7 +12,7 @@ from .. import _checks
 from .._operands import autocast
 from ..metric import FORMS, Metric
 from ..stats import Count, LogSumExp
-from ._loss import Loss, Pairs, loss_function
+from ._loss import Loss, Pairs, loss_function, softplus
 
 
 @loss_function
@@ -38,9 +38,7 @@ def proxy_anchor_loss(
             "positives": Count(where="same"),
         },
     )
-    # log(1 + sum exp) is the softplus of the log-sum-exp, and 0 for a proxy without columns. Above
-    # its threshold PyTorch leaves out exp(-x), which at its own 20 is far more than float64 rounds.
-    pull, push = (F.softplus(found[name], threshold=40.0) for name in ("pull", "push"))
+    pull, push = softplus(found["pull"]), softplus(found["push"])  # log(1 + sum exp)
     with_positives = (found["positives"] > 0).sum().clamp_min(1)
     return pull.sum() / with_positives + push.sum() / max(1, len(proxies))
 
