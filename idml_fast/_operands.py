@@ -52,10 +52,11 @@ def operands(
     return sem, unc, sem2, unc2, *metric.operands()
 
 
-def save(ctx: Any, operands: tuple[Any, ...], *others: Tensor | None) -> None:
-    """Keeps the operands, and other tensors, for the backward."""
-    *embeddings, tau, gamma, learned, form = operands
+def save(ctx: Any, inputs: tuple[Any, ...], *others: Tensor | None) -> None:
+    """Keeps an operation's operands, its backend and other tensors for the backward."""
+    *embeddings, tau, gamma, learned, form = inputs[:8]
     ctx.save_for_backward(*embeddings, learned, *others)
+    ctx.backend = inputs[-1]
     ctx.metric = tau, gamma, form
 
 

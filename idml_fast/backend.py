@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import platform
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from . import _checks
 
+OPERATIONS = ("pairwise", "rowstats", "paired", "nearest")
 # In order of preference. A backend serves the operations that it has a kernel for.
 KERNELS: dict[str, tuple[str, ...]] = {
     "cuda": (),
-    "triton": (),
-    "cpu": ("pairwise", "rowstats", "paired", "nearest"),
+    "triton": OPERATIONS,
+    "cpu": OPERATIONS,
 }
 BACKENDS = (*KERNELS, "reference")
-# Bytes that a forward may keep for its backward, besides what it returns, so that products need not
-# be taken twice; 256 MiB unless you set another number. 0 always takes them twice.
+# The types of device, as PyTorch's dispatcher names them, whose tensors a backend may serve.
+DEVICES = ("CPU", "CUDA")
+# Bytes that an operation may take for a while, besides what it returns: on a CPU, products that a
+# forward keeps for its backward; on a GPU, tiles of weights, keys or sums on their way to the next
+# kernel. 256 MiB unless you set another number. 0 is as few as can be.
 workspace = 2**28
+# How a GPU multiplies float32: "ieee", or by its matrix units with "tf32x3", "bf16x3" or "tf32",
+# each less exact and faster than the one before. None follows PyTorch's own switch,
+# `torch.set_float32_matmul_precision`: "ieee" for "highest", else "tf32". The products of the
+# gradients are PyTorch's own and always follow its switch.
+precision: str | None = None
+PRECISIONS = ("ieee", "tf32x3", "bf16x3", "tf32")
 
-OPERATIONS = ("pairwise", "rowstats", "paired", "nearest")
-
-# Why no native kernel can run; None if they can. Looked up once, without importing the module:
-# torch.compile traces `refusal`, and can trace neither a search nor a cached function.
+# Why no native or Triton kernel can run; None if they can. Looked up once, without importing the
+# modules: torch.compile traces `refusal`, and can trace neither a search nor a cached function.
 NATIVE_MISSING = (
     "the native module idml_fast._C is not built; `pip install -e .` builds it"
     if importlib.util.find_spec("idml_fast._C") is None
     else None
 )
+TRITON_MISSING = (
+    "Triton is not installed; `pip install triton` installs it, for Linux"
+    if importlib.util.find_spec("triton") is None
+    else None
+)
+# Triton's interpreter, for tests, runs its kernels on the CPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
@@ -44,11 +61,13 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
     """
     if backend is not None:
         _checks.one_of("backend", backend, BACKENDS)
-        reason = refusal(backend, op, tensor.device.type)
+        reason = refusal(backend, op, tensor)
+        if backend == "triton" and INTERPRETED and tensor.device.type == "cpu":
+            reason = _refusal_of_dtype(tensor)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot serve {op} here: {reason}")
         return backend
-    reasons = refusals(op, tensor.device.type)
+    reasons = refusals(op, tensor)
     for name, reason in reasons.items():
         if reason is None:
             return name
@@ -59,20 +78,49 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
     )
 
 
-def refusals(op: str, device: str) -> dict[str, str | None]:
+def refusals(op: str, tensor: Tensor) -> dict[str, str | None]:
     """`refusal` of every backend that has kernels, by name, in order of preference."""
-    return {name: refusal(name, op, device) for name in KERNELS}
+    return {name: refusal(name, op, tensor) for name in KERNELS}
 
 
-def refusal(backend: str, op: str, device: str) -> str | None:
-    """Why ``backend`` cannot serve ``op`` on tensors of this type of device; None if it can."""
+def refusal(backend: str, op: str, tensor: Tensor) -> str | None:
+    """Why ``backend`` cannot serve ``op`` on tensors like this; None if it can."""
     if backend == "reference":
         return None
     if op not in KERNELS[backend]:
         return "it has no kernel for this operation yet"
+    device = tensor.device.type
+    if backend == "triton":
+        if device != "cuda":
+            return f"it serves tensors on a GPU, not on {device}"
+        return TRITON_MISSING or _refusal_of_dtype(tensor) or _refusal_of_gpu(tensor.device.index)
     if device != "cpu":
         return f"it serves tensors on the CPU, not on {device}"
     return NATIVE_MISSING
+
+
+def _refusal_of_dtype(tensor: Tensor) -> str | None:
+    if tensor.dtype == torch.float64:
+        return "it has no kernels for float64"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _refusal_of_gpu(index: int) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
+    return None
+
+
+def launcher(backend: str, op: str) -> ModuleType:
+    """The module that launches the kernels of ``op``, beside these kernels."""
+    return importlib.import_module(f"idml_fast._{backend}.{op}")
+
+
+def kept(backend: str) -> int:
+    """How many bytes a forward may keep for its backward. A GPU keeps none: its products take less
+    time than writing them to memory and reading them back."""
+    return workspace if backend == "cpu" else 0
 
 
 def report() -> str:
@@ -91,9 +139,10 @@ def report() -> str:
         f"{'backend':<12}" + "".join(f"{op:<12}" for op in OPERATIONS),
     ]
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    like = torch.empty(0, device=device)
     reasons: list[str] = []
     for backend in BACKENDS:
-        refusals = {op: refusal(backend, op, device) for op in OPERATIONS}
+        refusals = {op: refusal(backend, op, like) for op in OPERATIONS}
         row = "".join(f"{'yes' if refusals[op] is None else '-':<12}" for op in OPERATIONS)
         lines.append(f"{backend:<12}{row}".rstrip())
         for reason in dict.fromkeys(r for r in refusals.values() if r is not None):

@@ -225,7 +225,7 @@ def nearest(
     with _blocks.progress_bar(count) if progress else nullcontext() as bar:
         for block in blocks:
             arguments = *operands(sem, unc, block.sem2, block.unc2, metric), block.labels2, *options
-            best = torch.ops.idml_fast.nearest(*arguments, first, *best)
+            best = torch.ops.idml_fast.nearest(*arguments, first, *best, served)
             new = len(sem if block.sem2 is None else block.sem2)
             first += new
             if bar is not None:
@@ -244,28 +244,27 @@ torch.library.define(
     "idml_fast::nearest",
     f"({OPERANDS}, Tensor? labels2, Tensor? labels, str where, bool largest, bool exclude_self, "
     "Tensor? above, float[] weights, Tensor? seed, int k, "
-    "int first, Tensor? best_scores, Tensor? best_columns, Tensor? best_keys)"
+    "int first, Tensor? best_scores, Tensor? best_columns, Tensor? best_keys, str backend)"
     " -> (Tensor scores, Tensor columns, Tensor keys)",
 )
 
 
-@torch.library.impl("idml_fast::nearest", "CPU")
-def _forward_cpu(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from ._cpu import nearest as kernel
-
-    return kernel.forward(*arguments)
+@torch.library.impl("idml_fast::nearest", backends.DEVICES)
+def _launch_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, backend = arguments
+    return backends.launcher(backend, "nearest").forward(*arguments)
 
 
 @torch.library.register_fake("idml_fast::nearest")
 def _forward_fake(sem: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    k = others[-5]
+    k = others[-6]
     scores = sem.new_empty(sem.shape[0], k, dtype=torch.promote_types(sem.dtype, torch.float32))
     return scores, scores.new_empty(scores.shape, dtype=torch.int64), torch.empty_like(scores)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, columns, keys = output
-    save(ctx, inputs[:8], columns)
+    save(ctx, inputs, columns)
     ctx.mark_non_differentiable(columns, keys)
     ctx.set_materialize_grads(False)
 
@@ -277,7 +276,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
         return tuple(none)
     rows = torch.arange(len(columns), device=columns.device).repeat_interleave(columns.shape[1])
     gradients = torch.ops.idml_fast.paired_backward(
-        upstream.flatten(), *arguments, rows, columns.flatten(), wanted=wanted
+        upstream.flatten(), *arguments, rows, columns.flatten(), ctx.backend, wanted=wanted
     )
     return *by_operand(gradients, wanted), *none[8:]
 

@@ -74,35 +74,36 @@ def paired(
     if served == "reference":
         return reference.paired(sem, unc, sem2, unc2, index=index, metric=metric)
     rows, cols = (None, None) if index is None else index
-    return torch.ops.idml_fast.paired(*operands(sem, unc, sem2, unc2, metric), rows, cols)
+    return torch.ops.idml_fast.paired(*operands(sem, unc, sem2, unc2, metric), rows, cols, served)
 
 
 # Without an index, row t is paired with column t. The backward takes a negative column as no pair:
 # `idml_fast.nearest` differentiates its scores with it, and may not have found all it looked for.
-torch.library.define("idml_fast::paired", f"({OPERANDS}, Tensor? rows, Tensor? cols) -> Tensor")
+torch.library.define(
+    "idml_fast::paired", f"({OPERANDS}, Tensor? rows, Tensor? cols, str backend) -> Tensor"
+)
 torch.library.define(
     "idml_fast::paired_backward",
-    f"(Tensor upstream, {OPERANDS}, Tensor? rows, Tensor? cols, *, bool[] wanted) -> Tensor[]",
+    f"(Tensor upstream, {OPERANDS}, Tensor? rows, Tensor? cols, str backend, *, bool[] wanted)"
+    " -> Tensor[]",
 )
 
 
-@torch.library.impl("idml_fast::paired", "CPU")
-def _forward_cpu(*arguments: Any) -> Tensor:
-    from ._cpu import paired as kernel
+@torch.library.impl("idml_fast::paired", backends.DEVICES)
+def _launch_forward(*arguments: Any) -> Tensor:
+    *arguments, backend = arguments
+    return backends.launcher(backend, "paired").forward(*arguments)
 
-    return kernel.forward(*arguments)
 
-
-@torch.library.impl("idml_fast::paired_backward", "CPU")
-def _backward_cpu(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
-    from ._cpu import paired as kernel
-
-    return kernel.backward(*arguments, wanted=wanted)
+@torch.library.impl("idml_fast::paired_backward", backends.DEVICES)
+def _launch_backward(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
+    *arguments, backend = arguments
+    return backends.launcher(backend, "paired").backward(*arguments, wanted=wanted)
 
 
 @torch.library.register_fake("idml_fast::paired")
 def _forward_fake(sem: Tensor, *arguments: Any) -> Tensor:
-    rows = arguments[-2]
+    rows = arguments[-3]
     return sem.new_empty((sem if rows is None else rows).shape[0])
 
 
@@ -112,13 +113,15 @@ def _backward_fake(upstream: Tensor, *arguments: Any, wanted: list[bool]) -> lis
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    save(ctx, inputs[:8], *inputs[8:])
+    save(ctx, inputs, *inputs[8:-1])
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     operands, index, wanted = saved(ctx)
-    gradients = torch.ops.idml_fast.paired_backward(upstream, *operands, *index, wanted=wanted)
-    return *by_operand(gradients, wanted), None, None
+    gradients = torch.ops.idml_fast.paired_backward(
+        upstream, *operands, *index, ctx.backend, wanted=wanted
+    )
+    return *by_operand(gradients, wanted), None, None, None
 
 
 torch.library.register_autograd("idml_fast::paired", _backward, setup_context=_save)

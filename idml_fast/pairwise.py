@@ -78,31 +78,29 @@ def pairwise(
     served = backends.choose("pairwise", sem, backend)
     if served == "reference":
         return reference.pairwise(sem, unc, sem2, unc2, metric=metric)
-    return torch.ops.idml_fast.pairwise(*operands(sem, unc, sem2, unc2, metric))
+    return torch.ops.idml_fast.pairwise(*operands(sem, unc, sem2, unc2, metric), served)
 
 
-# What PyTorch is told of the operation: shapes for torch.compile and export, a kernel per type of
-# device, and the gradient, which is an operation of its own so that it can be traced as well.
+# What PyTorch is told of the operation: shapes for torch.compile and export, the kernels, and the
+# gradient, which is an operation of its own so that it can be traced as well.
 
-torch.library.define("idml_fast::pairwise", f"({OPERANDS}) -> Tensor")
+torch.library.define("idml_fast::pairwise", f"({OPERANDS}, str backend) -> Tensor")
 torch.library.define(
     "idml_fast::pairwise_backward",
-    f"(Tensor upstream, Tensor? scores, {OPERANDS}, *, bool[] wanted) -> Tensor[]",
+    f"(Tensor upstream, Tensor? scores, {OPERANDS}, str backend, *, bool[] wanted) -> Tensor[]",
 )
 
 
-@torch.library.impl("idml_fast::pairwise", "CPU")
-def _forward_cpu(*arguments: Any) -> Tensor:
-    from ._cpu import pairwise as kernel
+@torch.library.impl("idml_fast::pairwise", backends.DEVICES)
+def _launch_forward(*arguments: Any) -> Tensor:
+    *arguments, backend = arguments
+    return backends.launcher(backend, "pairwise").forward(*arguments)
 
-    return kernel.forward(*arguments)
 
-
-@torch.library.impl("idml_fast::pairwise_backward", "CPU")
-def _backward_cpu(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
-    from ._cpu import pairwise as kernel
-
-    return kernel.backward(*arguments, wanted=wanted)
+@torch.library.impl("idml_fast::pairwise_backward", backends.DEVICES)
+def _launch_backward(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
+    *arguments, backend = arguments
+    return backends.launcher(backend, "pairwise").backward(*arguments, wanted=wanted)
 
 
 @torch.library.register_fake("idml_fast::pairwise")
@@ -120,14 +118,15 @@ def _backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     # The distance form can be inverted: its scores, which exist anyway, spare the backward one of
     # the two products.
-    save(ctx, inputs, output if inputs[-1] == "distance" else None)
+    save(ctx, inputs, output if inputs[7] == "distance" else None)
 
 
 def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     operands, (scores,), wanted = saved(ctx)
-    return by_operand(
-        torch.ops.idml_fast.pairwise_backward(upstream, scores, *operands, wanted=wanted), wanted
+    gradients = torch.ops.idml_fast.pairwise_backward(
+        upstream, scores, *operands, ctx.backend, wanted=wanted
     )
+    return *by_operand(gradients, wanted), None
 
 
 torch.library.register_autograd("idml_fast::pairwise", _backward, setup_context=_save)

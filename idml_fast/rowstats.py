@@ -95,7 +95,7 @@ def rowstats(
         isinstance(x, Tensor) and x.requires_grad for x in (*arguments, *statistics)
     )
     values, integers, *_ = torch.ops.idml_fast.rowstats(
-        *arguments, labels, labels2, *statistics, backends.workspace if learns else 0
+        *arguments, labels, labels2, *statistics, backends.kept(served) if learns else 0, served
     )
     return {
         name: _result(stat, values, integers, place)
@@ -176,28 +176,26 @@ def _result(
 
 torch.library.define(
     "idml_fast::rowstats",
-    f"({OPERANDS}, Tensor labels, Tensor? labels2, {STATISTICS}, int workspace)"
+    f"({OPERANDS}, Tensor labels, Tensor? labels2, {STATISTICS}, int workspace, str backend)"
     " -> (Tensor values, Tensor integers, Tensor state, Tensor kept)",
 )
 torch.library.define(
     "idml_fast::rowstats_backward",
     f"(Tensor upstream, Tensor state, Tensor kept, {OPERANDS}, Tensor labels, Tensor? labels2, "
-    f"{STATISTICS}, *, bool[] wanted) -> Tensor[]",
+    f"{STATISTICS}, str backend, *, bool[] wanted) -> Tensor[]",
 )
 
 
-@torch.library.impl("idml_fast::rowstats", "CPU")
-def _forward_cpu(*arguments: Any) -> tuple[Tensor, ...]:
-    from ._cpu import rowstats as kernel
+@torch.library.impl("idml_fast::rowstats", backends.DEVICES)
+def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    *arguments, backend = arguments
+    return backends.launcher(backend, "rowstats").forward(*arguments)
 
-    return kernel.forward(*arguments)
 
-
-@torch.library.impl("idml_fast::rowstats_backward", "CPU")
-def _backward_cpu(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
-    from ._cpu import rowstats as kernel
-
-    return kernel.backward(*arguments, wanted=wanted)
+@torch.library.impl("idml_fast::rowstats_backward", backends.DEVICES)
+def _launch_backward(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
+    *arguments, backend = arguments
+    return backends.launcher(backend, "rowstats").backward(*arguments, wanted=wanted)
 
 
 def empty_results(
@@ -225,7 +223,7 @@ def empty_results(
 
 @torch.library.register_fake("idml_fast::rowstats")
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return empty_results(*arguments)
+    return empty_results(*arguments[:-1])
 
 
 @torch.library.register_fake("idml_fast::rowstats_backward")
@@ -234,9 +232,9 @@ def _backward_fake(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    labels, labels2, bounds, *statistics, _ = inputs[8:]
+    labels, labels2, bounds, *statistics, _, _ = inputs[8:]
     _, integers, state, kept = output
-    save(ctx, inputs[:8], integers, state, kept, labels, labels2, bounds)
+    save(ctx, inputs, integers, state, kept, labels, labels2, bounds)
     ctx.statistics = statistics
     ctx.mark_non_differentiable(state)
     # Only the values have a gradient: do not make zeros as large as what is kept.
@@ -257,6 +255,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
         labels2,
         bounds,
         *statistics,
+        ctx.backend,
         wanted=wanted,
     )
     of_bounds = None
