@@ -61,13 +61,13 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
     """
     if backend is not None:
         _checks.one_of("backend", backend, BACKENDS)
-        reason = refusal(backend, op, tensor)
+        reason = refusal(backend, op, tensor.device, tensor.dtype)
         if backend == "triton" and INTERPRETED and tensor.device.type == "cpu":
-            reason = _refusal_of_dtype(tensor)
+            reason = _refusal_of_dtype(tensor.dtype)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot serve {op} here: {reason}")
         return backend
-    reasons = refusals(op, tensor)
+    reasons = refusals(op, tensor.device, tensor.dtype)
     for name, reason in reasons.items():
         if reason is None:
             return name
@@ -78,35 +78,38 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
     )
 
 
-def refusals(op: str, tensor: Tensor) -> dict[str, str | None]:
+def refusals(
+    op: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> dict[str, str | None]:
     """`refusal` of every backend that has kernels, by name, in order of preference."""
-    return {name: refusal(name, op, tensor) for name in KERNELS}
+    return {name: refusal(name, op, device, dtype) for name in KERNELS}
 
 
-def refusal(backend: str, op: str, tensor: Tensor) -> str | None:
+def refusal(
+    backend: str, op: str, device: torch.device, dtype: torch.dtype = torch.float32
+) -> str | None:
     """Why ``backend`` cannot serve ``op`` on tensors like this; None if it can."""
     if backend == "reference":
         return None
     if op not in KERNELS[backend]:
         return "it has no kernel for this operation yet"
-    device = tensor.device.type
     if backend == "triton":
-        if device != "cuda":
-            return f"it serves tensors on a GPU, not on {device}"
-        return TRITON_MISSING or _refusal_of_dtype(tensor) or _refusal_of_gpu(tensor.device.index)
-    if device != "cpu":
-        return f"it serves tensors on the CPU, not on {device}"
+        if device.type != "cuda":
+            return f"it serves tensors on a GPU, not on {device.type}"
+        return TRITON_MISSING or _refusal_of_dtype(dtype) or _refusal_of_gpu(device.index)
+    if device.type != "cpu":
+        return f"it serves tensors on the CPU, not on {device.type}"
     return NATIVE_MISSING
 
 
-def _refusal_of_dtype(tensor: Tensor) -> str | None:
-    if tensor.dtype == torch.float64:
+def _refusal_of_dtype(dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
         return "it has no kernels for float64"
     return None
 
 
 @torch.compiler.assume_constant_result
-def _refusal_of_gpu(index: int) -> str | None:
+def _refusal_of_gpu(index: int | None) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
         return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
     return None
@@ -138,17 +141,16 @@ def report() -> str:
         "",
         f"{'backend':<12}" + "".join(f"{op:<12}" for op in OPERATIONS),
     ]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    like = torch.empty(0, device=device)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     reasons: list[str] = []
     for backend in BACKENDS:
-        refusals = {op: refusal(backend, op, like) for op in OPERATIONS}
+        refusals = {op: refusal(backend, op, device) for op in OPERATIONS}
         row = "".join(f"{'yes' if refusals[op] is None else '-':<12}" for op in OPERATIONS)
         lines.append(f"{backend:<12}{row}".rstrip())
         for reason in dict.fromkeys(r for r in refusals.values() if r is not None):
             ops = ", ".join(op for op in OPERATIONS if refusals[op] == reason)
             reasons.append(f"  {backend}, {ops}: {reason}")
-    return "\n".join([*lines, "", f"Why not (tensors on {device}):", *reasons])
+    return "\n".join([*lines, "", f"Why not (tensors on {device.type}):", *reasons])
 
 
 def _triton() -> str:

@@ -40,14 +40,14 @@ def test_the_default_runs_the_kernel_and_the_reference_does_not(monkeypatch):
 @pytest.mark.parametrize("op", backend.OPERATIONS)
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
 def test_the_reference_serves_everything(device, op):
-    assert backend.refusal("reference", op, device) is None
+    assert backend.refusal("reference", op, torch.device(device)) is None
 
 
 @pytest.mark.parametrize("op", backend.OPERATIONS)
 @pytest.mark.parametrize("name", backend.KERNELS)
 def test_a_backend_without_a_kernel_says_so(name, op):
     if op in backend.KERNELS[name]:
-        assert "it has no kernel" not in (backend.refusal(name, op, "cpu") or "")
+        assert "it has no kernel" not in (backend.refusal(name, op, CPU.device) or "")
     else:
         with pytest.raises(RuntimeError) as error:
             backend.choose(op, CPU, name)
@@ -61,6 +61,36 @@ def test_the_cpu_backend_refuses_another_device():
     assert str(error.value) == (
         "backend 'cpu' cannot serve pairwise here: it serves tensors on the CPU, not on meta"
     )
+
+
+@pytest.mark.parametrize("op", backend.OPERATIONS)
+def test_triton_serves_tensors_on_a_gpu(monkeypatch, op):
+    monkeypatch.setattr(backend, "_refusal_of_gpu", lambda index: None)
+    gpu = torch.device("cuda", 0)
+    assert backend.refusal("triton", op, gpu) is None
+    told = backend.refusal("triton", op, gpu, torch.float64)
+    assert told == "it has no kernels for float64"
+    told = backend.refusal("triton", op, CPU.device)
+    assert told == "it serves tensors on a GPU, not on cpu"
+    monkeypatch.setattr(backend, "TRITON_MISSING", "Triton is not installed")
+    assert backend.refusal("triton", op, gpu) == "Triton is not installed"
+
+
+@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True)])
+def test_triton_needs_an_ampere_gpu(monkeypatch, capability, serves):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    told = backend.refusal("triton", "pairwise", torch.device("cuda", 0))
+    assert (told is None) == serves
+    assert serves or told.startswith("it needs an NVIDIA GPU of compute capability 8.0")
+
+
+def test_the_interpreter_is_never_chosen_by_itself(monkeypatch):
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    assert backend.choose("pairwise", CPU) == "cpu"
+    assert backend.choose("pairwise", CPU, "triton") == "triton"
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="it serves tensors on a GPU, not on cpu"):
+        backend.choose("pairwise", CPU, "triton")
 
 
 def test_when_no_kernel_serves_each_reason_is_given_and_nothing_falls_back():
@@ -77,7 +107,7 @@ def test_when_no_kernel_serves_each_reason_is_given_and_nothing_falls_back():
 def test_a_missing_native_module_is_a_reason(monkeypatch):
     reason = "the native module idml_fast._C is not built; `pip install -e .` builds it"
     monkeypatch.setattr(backend, "NATIVE_MISSING", reason)
-    assert backend.refusal("cpu", "pairwise", "cpu") == reason
+    assert backend.refusal("cpu", "pairwise", CPU.device) == reason
     with pytest.raises(RuntimeError, match=r"cpu: the native module idml_fast\._C is not"):
         pairwise(SEM, UNC)
     assert pairwise(SEM, UNC, backend="reference").shape == (3, 3)
@@ -111,7 +141,7 @@ def test_report_says_what_each_backend_serves_and_why_not():
     why_not = lines[lines.index("Why not (tensors on cpu):") + 1 :]
     for name, cells in table.items():
         for op, cell in zip(backend.OPERATIONS, cells, strict=True):
-            reason = backend.refusal(name, op, "cpu")
+            reason = backend.refusal(name, op, CPU.device)
             assert cell == ("yes" if reason is None else "-")
             told = [line for line in why_not if line.startswith(f"  {name}, ") and op in line]
             assert told == [] if reason is None else told[0].endswith(f": {reason}")

@@ -400,7 +400,7 @@ def test_keys_of_the_draws(first, seed, width, dtype):
     weights = [float(width), 0.5, 1.4]
     tensors, metric = (inputs["sem"], None, inputs["sem2"], None), (math.inf, 0.0, None, "distance")
     options = None, None, "any", False, False, None, weights, torch.tensor(seed), 23, first
-    scores, columns, keys = OP(*tensors, *metric, *options, None, None, None)
+    scores, columns, keys = OP(*tensors, *metric, *options, None, None, None, "cpu")
     assert torch.equal(keys.sort(1, descending=True).values, keys)
     for i in range(5):
         drawn = columns[i] >= 0
@@ -874,7 +874,7 @@ def test_opcheck(draws, m):
     weights, seed = ([3.0, 0.5, 1.4], torch.tensor(1)) if draws else ([], None)
     options = labels.get("labels2"), labels["labels"], "same", False, False, above, weights, seed, 3
     metric = math.nan, math.nan, learned, "distance"
-    torch.library.opcheck(OP, (*inputs, *metric, *options, 0, None, None, None))
+    torch.library.opcheck(OP, (*inputs, *metric, *options, 0, None, None, None, "cpu"))
 
 
 @pytest.mark.parametrize("draws", [False, True], ids=["best", "drawn"])

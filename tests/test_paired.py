@@ -228,10 +228,10 @@ def test_negative_columns_of_the_backward_are_no_pairs():
     upstream = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     missing = torch.arange(100) % 3 == 0
     kept = ~missing
-    expected = BACKWARD_OP(upstream[kept], *operands, rows[kept], cols[kept], wanted=[True] * 5)
+    expected = BACKWARD_OP(upstream[kept], *operands, rows[kept], cols[kept], "cpu", wanted=[True] * 5)
     upstream[missing] = math.nan
     cols[missing] = -1
-    found = BACKWARD_OP(upstream, *operands, rows, cols, wanted=[True] * 5)
+    found = BACKWARD_OP(upstream, *operands, rows, cols, "cpu", wanted=[True] * 5)
     for x, y in zip(found, expected, strict=True):
         assert torch.equal(x, y)
 
@@ -268,11 +268,11 @@ def test_opcheck(m, indexed):
     learned = torch.tensor([1.5, 0.25], requires_grad=True)
     index = draw_index(6, 6, 20) if indexed else (None, None)
     operands = (*inputs, math.nan, math.nan, learned, "cosine")
-    torch.library.opcheck(OP, (*operands, *index))
+    torch.library.opcheck(OP, (*operands, *index, "cpu"))
     upstream = torch.ones(20 if indexed else 6)
     wanted = [x is not None for x in (*inputs, learned)]
     detached = [x.detach() if isinstance(x, Tensor) else x for x in operands]
-    torch.library.opcheck(BACKWARD_OP, (upstream, *detached, *index), {"wanted": wanted})
+    torch.library.opcheck(BACKWARD_OP, (upstream, *detached, *index, "cpu"), {"wanted": wanted})
 
 
 @two_sets_and_self

@@ -432,7 +432,7 @@ def test_opcheck(m, form):
     inputs = [
         None if x is None else x.requires_grad_() for x in draw(6, m, 4, 3, dtype=FLOAT).values()
     ]
-    torch.library.opcheck(OP, (*inputs, 5.0, 0.5, None, form))
+    torch.library.opcheck(OP, (*inputs, 5.0, 0.5, None, form, "cpu"))
 
 
 @two_sets_and_self
@@ -441,12 +441,12 @@ def test_opcheck_with_learned_tau_and_gamma(m):
         None if x is None else x.requires_grad_() for x in draw(6, m, 4, 3, dtype=FLOAT).values()
     ]
     learned = torch.tensor([5.0, 0.5], requires_grad=True)
-    torch.library.opcheck(OP, (*inputs, math.nan, math.nan, learned, "distance"))
+    torch.library.opcheck(OP, (*inputs, math.nan, math.nan, learned, "distance", "cpu"))
 
 
 def test_opcheck_of_a_plain_metric():
     sem = draw(6, None, 4, 3, dtype=FLOAT)["sem"].requires_grad_()
-    torch.library.opcheck(OP, (sem, None, None, None, math.inf, 0.0, None, "cosine"))
+    torch.library.opcheck(OP, (sem, None, None, None, math.inf, 0.0, None, "cosine", "cpu"))
 
 
 @two_sets_and_self
@@ -456,10 +456,10 @@ def test_opcheck_of_a_plain_metric():
 def test_opcheck_of_the_backward(wanted, learned, form, m):
     inputs = draw(6, m, 4, 3, dtype=FLOAT)
     operands = (*inputs.values(), 5.0, 0.5, learned, form)
-    scores = OP(*operands) if form == "distance" else None
+    scores = OP(*operands, "cpu") if form == "distance" else None
     leaves = (*inputs.values(), learned)
     wanted = [w and x is not None for w, x in zip(wanted, leaves, strict=True)]
-    arguments = (draw_upstream(inputs), scores, *operands)
+    arguments = (draw_upstream(inputs), scores, *operands, "cpu")
     torch.library.opcheck(BACKWARD_OP, arguments, {"wanted": wanted})
 
 

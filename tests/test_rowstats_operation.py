@@ -53,8 +53,8 @@ def test_opcheck(workspace, m):
     ]
     # What is kept is memory, of which only the part that some tile needs is ever written.
     without_values = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(OP, tuple(found), test_utils=without_values)
-    torch.library.opcheck(OP, (*found[:-1], 0))
+    torch.library.opcheck(OP, (*found, "cpu"), test_utils=without_values)
+    torch.library.opcheck(OP, (*found[:-1], 0, "cpu"))
 
 
 @two_sets_and_self
@@ -62,11 +62,11 @@ def test_opcheck(workspace, m):
 @pytest.mark.parametrize("wanted", [[True] * 5, [True, False, False, True, False], [False] * 5])
 def test_opcheck_of_the_backward(wanted, workspace, m):
     found = arguments(m, workspace, torch.tensor([5.0, 0.5]))
-    values, _, state, kept = OP(*found)
+    values, _, state, kept = OP(*found, "cpu")
     leaves = (*found[:4], found[6])
     wanted = [w and x is not None for w, x in zip(wanted, leaves, strict=True)]
     upstream = torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
-    torch.library.opcheck(BACKWARD_OP, (upstream, state, kept, *found[:-1]), {"wanted": wanted})
+    torch.library.opcheck(BACKWARD_OP, (upstream, state, kept, *found[:-1], "cpu"), {"wanted": wanted})
 
 
 @two_sets_and_self
@@ -114,11 +114,11 @@ def test_no_second_derivative():
 
 def test_nothing_is_kept_without_a_backward():
     inputs = draw(6, 5, 4, 3, dtype=FLOAT)
-    kept = OP(*arguments(5, 0))[3]
+    kept = OP(*arguments(5, 0), "cpu")[3]
     assert kept.numel() == 0
-    kept = OP(*arguments(5, 2**28))[3]
+    kept = OP(*arguments(5, 2**28), "cpu")[3]
     assert kept.shape == (2, 6 * 5 * 4)
-    assert OP(*arguments(5, kept.numel() - 1))[3].numel() == 0
+    assert OP(*arguments(5, kept.numel() - 1), "cpu")[3].numel() == 0
     assert not inputs["sem"].requires_grad
 
 

@@ -85,7 +85,7 @@ def stays_on_cpu(config: Config) -> bool:
     device = torch.accelerator.current_accelerator(check_available=True)
     if config.run.cpu or device is None:
         return config.run.cpu
-    if None in backend.refusals("pairwise", device.type).values():
+    if None in backend.refusals("pairwise", device).values():
         return False
     print(f"idml-fast: no kernel serves {device.type} here (see idml-fast doctor): using the CPU")
     return True
