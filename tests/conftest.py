@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ FORMS = "distance", "cosine", "official"
 # What float64 must agree to with a result of float64 or better, absolutely and relatively.
 DOUBLE = 1e-10
 
-Inputs = dict[str, Tensor | None]  # sem, unc, sem2, unc2 by name
+Inputs = dict[str, Tensor | str | None]  # sem, unc, sem2, unc2 by name; "zero" for certain items
 
 
 def draw(
@@ -53,7 +54,7 @@ def draw_upstream(inputs: Inputs, seed: int = 1) -> Tensor:  # [N, M]
     cols = inputs["sem"] if inputs["sem2"] is None else inputs["sem2"]
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(len(inputs["sem"]), len(cols), generator=generator, dtype=torch.float64)
-    return drawn.to(cols.dtype)
+    return drawn.to(cols)
 
 
 def evaluate(
@@ -63,11 +64,13 @@ def evaluate(
     backend: str | None = None,
 ) -> dict[str, Tensor]:
     """The scores, and the gradient of every input under ``grad_<name>``."""
-    leaves = {k: None if x is None else x.detach().requires_grad_() for k, x in inputs.items()}
+    leaves = {
+        k: x.detach().requires_grad_() if isinstance(x, Tensor) else x for k, x in inputs.items()
+    }
     scores = idml_fast.pairwise(**leaves, metric=metric, backend=backend)
     found = {"scores": scores.detach()}
     if upstream is not None:
-        given = [k for k, x in leaves.items() if x is not None]
+        given = [k for k, x in leaves.items() if isinstance(x, Tensor)]
         gradients = torch.autograd.grad(
             scores, [leaves[k] for k in given], upstream.to(scores.dtype), allow_unused=True
         )
@@ -75,9 +78,17 @@ def evaluate(
     return found
 
 
+@contextmanager
+def in_eager_pytorch() -> Iterator[None]:
+    """The reference serves every operation, also those that a loss calls."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(idml_fast.backend, "choose", lambda *_: "reference")
+        yield
+
+
 def to_double(inputs: Inputs) -> Inputs:
     """The same numbers in float64."""
-    return {k: None if x is None else x.double() for k, x in inputs.items()}
+    return {k: x.double() if isinstance(x, Tensor) else x for k, x in inputs.items()}
 
 
 def assert_accurate(
@@ -180,5 +191,5 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def _wide(x: Tensor | np.ndarray) -> np.ndarray:
     """In numpy's widest floating type."""
     if isinstance(x, Tensor):
-        x = x.detach().double().numpy()
+        x = x.detach().double().cpu().numpy()
     return x.astype(np.longdouble)

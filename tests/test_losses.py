@@ -1,15 +1,19 @@
-"""The losses: golden values, other people's definitions, gradients, edges, what they promise."""
+"""The losses: golden values, our own definitions, gradients, edges, what they promise."""
 
 import copy
 import inspect
 import math
 
 import pytest
-import pytorch_metric_learning.losses as pml
 import torch
-from conftest import assert_accurate, assert_equals_in_double, draw, golden_names, load_golden
-from pytorch_metric_learning import miners
-from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+from conftest import (
+    assert_accurate,
+    assert_equals_in_double,
+    draw,
+    golden_names,
+    in_eager_pytorch,
+    load_golden,
+)
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -76,16 +80,10 @@ def evaluate(loss, sem, unc, labels, *columns, seed=0):
     return {"value": value.detach()} | dict(zip(leaves, gradients, strict=True))
 
 
-@pytest.fixture
-def eager(monkeypatch):
-    """Evaluates a loss with the operations in eager PyTorch."""
-
-    def evaluate_eagerly(*arguments, **options):
-        with monkeypatch.context() as patch:
-            patch.setattr(idml_fast.backend, "choose", lambda *_: "reference")
-            return evaluate(*arguments, **options)
-
-    return evaluate_eagerly
+def eager(*arguments, **options):
+    """`evaluate` with the operations in eager PyTorch."""
+    with in_eager_pytorch():
+        return evaluate(*arguments, **options)
 
 
 # ------------------------------------------------------------------------------------ golden values
@@ -120,13 +118,13 @@ def test_golden_in_double(name, tiles, request):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_in_double_by_the_reference(name, eager):
+def test_golden_in_double_by_the_reference(name):
     *case, golden = golden_case(name)
     for what, x in eager(*case).items():
         assert_equals_in_double(what, x, golden[what])
 
 
-def in_float(name, eager, dtype=torch.float32):
+def in_float(name, dtype=torch.float32):
     """Ours and eager in ``dtype``, and the truth for the same inputs."""
     loss, sem, unc, labels, _ = golden_case(name, dtype)
     truth = eager(loss, sem.double(), unc.double(), labels)
@@ -134,199 +132,21 @@ def in_float(name, eager, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_golden_gradients_in_float(name, eager):
-    ours, by_eager, truth = in_float(name, eager)
+def test_golden_gradients_in_float(name):
+    ours, by_eager, truth = in_float(name)
     for what in ("sem", "unc"):
         assert_accurate(what, ours[what], by_eager[what], truth[what])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_golden_values_in_float(eager, dtype):
+def test_golden_values_in_float(dtype):
     # One number is one draw of a rounding error: the losses are the sample for one another.
-    found = [in_float(name, eager, dtype) for name in GOLDEN]
+    found = [in_float(name, dtype) for name in GOLDEN]
     ours, by_eager, truth = (
         torch.stack([x["value"] / case[2]["value"] for x, case in zip(kind, found, strict=True)])
         for kind in zip(*found, strict=True)
     )
     assert_accurate("values", ours, by_eager, truth)
-
-
-# ------------------------------------------------------- the definitions of pytorch-metric-learning
-
-
-class Mined(torch.nn.Module):
-    """A loss of theirs behind a miner of theirs."""
-
-    def __init__(self, loss, miner):
-        super().__init__()
-        self.loss, self.miner = loss, miner
-
-    def forward(self, embeddings, labels, *, ref_emb=None, ref_labels=None):
-        found = self.miner(embeddings, labels, ref_emb, ref_labels)
-        return self.loss(embeddings, labels, found, ref_emb, ref_labels)
-
-
-def mined(loss, miner):
-    return lambda distance: Mined(loss(distance=distance), miner(distance=distance))
-
-
-# Ours, the form of our metric, and theirs for a distance.
-PEERS = {
-    "contrastive": (
-        losses.ContrastiveLoss,
-        "distance",
-        lambda distance: pml.ContrastiveLoss(distance=distance),
-    ),
-    "contrastive of cosines": (
-        lambda metric: losses.ContrastiveLoss(pos_margin=0.9, neg_margin=0.2, metric=metric),
-        "cosine",
-        lambda distance: pml.ContrastiveLoss(0.9, 0.2, distance=distance),
-    ),
-    "multi-similarity": (
-        losses.MultiSimilarityLoss,
-        "cosine",
-        lambda distance: pml.MultiSimilarityLoss(distance=distance),
-    ),
-    "multi-similarity of distances": (
-        losses.MultiSimilarityLoss,
-        "distance",
-        lambda distance: pml.MultiSimilarityLoss(distance=distance),
-    ),
-    "nca": (
-        lambda metric: losses.NCALoss(softmax_scale=3, metric=metric),
-        "distance",
-        lambda distance: pml.NCALoss(3, distance=distance),
-    ),
-    "nca of cosines": (losses.NCALoss, "cosine", lambda distance: pml.NCALoss(distance=distance)),
-    "ntxent": (losses.NTXentLoss, "cosine", lambda distance: pml.NTXentLoss(distance=distance)),
-    "ntxent of distances": (
-        lambda metric: losses.NTXentLoss(temperature=0.2, metric=metric),
-        "distance",
-        lambda distance: pml.NTXentLoss(0.2, distance=distance),
-    ),
-    "supcon": (losses.SupConLoss, "cosine", lambda distance: pml.SupConLoss(distance=distance)),
-    "supcon of distances": (
-        losses.SupConLoss,
-        "distance",
-        lambda distance: pml.SupConLoss(distance=distance),
-    ),
-    "triplet": (
-        losses.TripletMarginLoss,
-        "distance",
-        lambda distance: pml.TripletMarginLoss(distance=distance),
-    ),
-    "triplet of cosines": (
-        losses.TripletMarginLoss,
-        "cosine",
-        lambda distance: pml.TripletMarginLoss(distance=distance),
-    ),
-    "hard triplets": (
-        lambda metric: losses.TripletMarginLoss(mining="hard", metric=metric),
-        "distance",
-        mined(pml.TripletMarginLoss, miners.BatchHardMiner),
-    ),
-    "hard triplets of cosines": (
-        lambda metric: losses.TripletMarginLoss(mining="hard", metric=metric),
-        "cosine",
-        mined(pml.TripletMarginLoss, miners.BatchHardMiner),
-    ),
-    "semi-hard triplets": (
-        lambda metric: losses.TripletMarginLoss(margin=0.2, mining="semihard_all", metric=metric),
-        "distance",
-        mined(
-            lambda distance: pml.TripletMarginLoss(0.2, distance=distance),
-            lambda distance: miners.TripletMarginMiner(0.2, "semihard", distance=distance),
-        ),
-    ),
-    "semi-hard triplets of cosines": (
-        lambda metric: losses.TripletMarginLoss(margin=0.2, mining="semihard_all", metric=metric),
-        "cosine",
-        mined(
-            lambda distance: pml.TripletMarginLoss(0.2, distance=distance),
-            lambda distance: miners.TripletMarginMiner(0.2, "semihard", distance=distance),
-        ),
-    ),
-    "margin": (  # theirs is rounded to float32
-        lambda metric: losses.MarginLoss(beta=1.25, metric=metric),
-        "distance",
-        lambda distance: pml.MarginLoss(beta=1.25, distance=distance),
-    ),
-    "margin of cosines": (
-        lambda metric: losses.MarginLoss(beta=0.375, metric=metric),
-        "cosine",
-        lambda distance: pml.MarginLoss(beta=0.375, distance=distance),
-    ),
-    "margin of each class": (
-        lambda metric: losses.MarginLoss(num_classes=6, learn_beta=True, metric=metric),
-        "distance",
-        lambda distance: pml.MarginLoss(num_classes=6, learn_beta=True, distance=distance),
-    ),
-    "mined multi-similarity": (
-        lambda metric: losses.MultiSimilarityLoss(epsilon=0.1, metric=metric),
-        "cosine",
-        mined(
-            pml.MultiSimilarityLoss,
-            lambda distance: miners.MultiSimilarityMiner(0.1, distance=distance),
-        ),
-    ),
-    "mined multi-similarity of distances": (
-        lambda metric: losses.MultiSimilarityLoss(epsilon=0.1, metric=metric),
-        "distance",
-        mined(
-            pml.MultiSimilarityLoss,
-            lambda distance: miners.MultiSimilarityMiner(0.1, distance=distance),
-        ),
-    ),
-}
-# These compare a batch with itself only, over there.
-ALONE = {
-    "fast_ap": (
-        losses.FastAPLoss,
-        "distance",
-        lambda distance: pml.FastAPLoss(distance=LpDistance(power=2)),
-    ),
-    "n-pair": (losses.NPairsLoss, "cosine", lambda distance: pml.NPairsLoss(distance=distance)),
-}
-DISTANCES = {"distance": lambda: LpDistance(normalize_embeddings=False), "cosine": CosineSimilarity}
-
-
-@pytest.mark.parametrize("name", PEERS | ALONE)
-def test_plain_losses_are_those_of_pytorch_metric_learning(name):
-    make, form, peer = (PEERS | ALONE)[name]
-    ours, theirs = make(metric=Metric.plain(form)).double(), peer(DISTANCES[form]()).double()
-    sem, _, labels = batch()
-    x = sem.clone().requires_grad_()
-    value = theirs(normalize(x), labels)
-    parameters = list(theirs.parameters())
-    gradients = torch.autograd.grad(value, [x, *parameters])
-    found = evaluate_plain(ours, sem, labels)
-    names = ["value", "sem", *(k for k, _ in theirs.named_parameters())]
-    for what, x, y in zip(names, found, [value.detach(), *gradients], strict=True):
-        assert_equals_in_double(what, x, y)
-
-
-@pytest.mark.parametrize("name", PEERS)
-def test_plain_losses_against_columns_are_those_of_pytorch_metric_learning(name):
-    make, form, peer = PEERS[name]
-    ours, theirs = make(metric=Metric.plain(form)).double(), peer(DISTANCES[form]()).double()
-    sem, _, labels = batch()
-    columns, _, labels2 = batch(40, seed=1)
-    x = sem.clone().requires_grad_()
-    value = theirs(normalize(x), labels, ref_emb=columns, ref_labels=labels2)
-    found = evaluate_plain(ours, sem, labels, columns, None, labels2)
-    assert_equals_in_double("value", found[0], value.detach())
-    assert_equals_in_double("sem", found[1], torch.autograd.grad(value, x)[0])
-
-
-def evaluate_plain(loss, sem, *others):
-    """Value and gradients of a loss that does not read the uncertainties.
-
-    Some of theirs normalise whatever they are given, so that both are given it normalised.
-    """
-    x = sem.clone().requires_grad_()
-    labels, *columns = others
-    value = loss(normalize(x), None, labels, *columns)
-    return [value.detach(), *torch.autograd.grad(value, [x, *loss.parameters()])]
 
 
 # ------------------------------------------------------------------------------ our own definitions
@@ -530,7 +350,7 @@ def autocast(loss):
     return call
 
 
-def test_autocast_gives_float32_losses_by_the_rule(eager):
+def test_autocast_gives_float32_losses_by_the_rule():
     torch.manual_seed(0)
     values = []
     for make in ALL.values():
@@ -576,11 +396,11 @@ def trained(make, dtype):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_training_ends_in_the_parameters_of_the_eager_loss(name, monkeypatch):
+def test_training_ends_in_the_parameters_of_the_eager_loss(name):
     make = ALL[name]
     ours = {dtype: trained(make, dtype) for dtype in (torch.float64, torch.float32)}
-    monkeypatch.setattr(idml_fast.backend, "choose", lambda *_: "reference")
-    by_eager = {dtype: trained(make, dtype) for dtype in (torch.float64, torch.float32)}
+    with in_eager_pytorch():
+        by_eager = {dtype: trained(make, dtype) for dtype in (torch.float64, torch.float32)}
     assert_equals_in_double("parameters", ours[torch.float64], by_eager[torch.float64])
     assert_accurate(
         "parameters",

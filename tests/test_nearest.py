@@ -186,19 +186,12 @@ def test_a_row_runs_out_of_room(order, k):
     assert_identical(found, (distances[expected], expected))
 
 
-@each_dtype
-@each_metric
-@two_sets_and_self
-def test_accuracy(m, metric, dtype):
-    """A column may take the place of another only where rounding can do that."""
-    n, k = 48, 20
-    inputs = draw(n, None if m is None else 512, 67, 35, dtype=dtype)
+def assert_follows_the_rule(inputs: Inputs, k: int, metric: Metric) -> None:
+    """`assert_accurate` of the scores; a column may take the place of another only where rounding
+    can do that."""
     values, columns = nearest(**inputs, k=k, metric=metric)
     truth = reference.pairwise(**to_double(inputs), metric=metric)
     eager = reference.pairwise(**inputs, metric=metric)
-    if dtype == torch.float64:
-        assert_same((values, columns), nearest(**inputs, k=k, metric=metric, backend="reference"))
-        return
     assert_accurate(
         "values", values, eager.gather(1, columns), truth.gather(1, columns), by_row=False
     )
@@ -208,6 +201,22 @@ def test_accuracy(m, metric, dtype):
     # Either score may be off by what the rule allows.
     allowed = 4 * (eager.double() - truth).abs().amax(1, keepdim=True)
     assert (lost <= allowed).all(), f"lost {lost.max()}, at most {allowed.min()} are rounding"
+
+
+@pytest.mark.parametrize("dtype", [FLOAT, *HALVES], ids=str)
+@each_metric
+@two_sets_and_self
+def test_accuracy(m, metric, dtype):
+    inputs = draw(48, None if m is None else 512, 67, 35, dtype=dtype)
+    assert_follows_the_rule(inputs, 20, metric)
+
+
+@each_metric
+@two_sets_and_self
+def test_wide_rows_in_double(m, metric):
+    inputs = draw(48, None if m is None else 512, 67, 35)
+    found = [nearest(**inputs, k=20, metric=metric, backend=b) for b in ("cpu", "reference")]
+    assert_same(*found)
 
 
 def test_a_plain_metric_does_not_read_unc():

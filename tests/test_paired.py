@@ -43,7 +43,7 @@ def measure(inputs, index, metric, backend=None) -> dict[str, Tensor]:
     upstream = torch.randn(len(scores), generator=generator, dtype=DOUBLE).to(FLOAT)
     given = {k: x for k, x in leaves.items() if isinstance(x, Tensor)}
     gradients = torch.autograd.grad(
-        scores, list(given.values()), upstream.to(scores.dtype), allow_unused=True
+        scores, list(given.values()), upstream.to(scores), allow_unused=True
     )
     found = {k: g for k, g in zip(given, gradients, strict=True) if g is not None}
     return {"scores": scores.detach()} | found

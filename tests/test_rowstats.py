@@ -224,8 +224,8 @@ def measure(
         results[name] = x.detach()
         if x.is_floating_point():
             generator = torch.Generator().manual_seed(position)
-            weights = torch.randn(x.shape, generator=generator).to(x.dtype)
-            rows = (learning or {}).get(name, torch.ones(len(x)))
+            weights = torch.randn(x.shape, generator=generator).to(x)
+            rows = (learning or {}).get(name, x.new_ones(len(x)))
             weights *= rows.view(-1, *[1] * (x.dim() - 1))
             learned[name] = x
             upstream[name] = weights.masked_fill(~x.detach().isfinite(), 0)
@@ -284,17 +284,17 @@ def assert_equals_the_reference(
     assert_same_in_double(ours, measure(problem, stats, metric, "reference"))
 
 
-def undisputed(problem: Problem, stat: Statistic, metric: Metric, dtype: torch.dtype) -> Tensor:
+def undisputed(problem: Problem, stat: Statistic, metric: Metric, eps: float) -> Tensor:
     """The rows in which rounding does not exchange one extremum for another, or move a score across
     the centre of a histogram's bin, where its derivative jumps."""
     scores = problem.scores(metric)
     x = scores**stat.power
-    near = 4 * torch.finfo(dtype).eps * x.abs().clamp_min(1)
+    near = 4 * eps * x.abs().clamp_min(1)
     if isinstance(stat, Histogram):
-        centres = torch.linspace(stat.low, stat.high, stat.bins + 1, dtype=x.dtype)
+        centres = torch.linspace(stat.low, stat.high, stat.bins + 1).to(x)
         return ~((x[:, :, None] - centres).abs() < near[:, :, None]).any(2).any(1)
     if not isinstance(stat, Min | Max):
-        return torch.ones(len(scores), dtype=torch.bool)
+        return torch.ones_like(problem.labels, dtype=torch.bool)
     meets = reference.columns_looked_at(
         scores, problem.labels, problem.labels2, stat.where, exclude_self=problem.labels2 is None
     )
@@ -321,15 +321,18 @@ def in_other_orders(problem: Problem, count: int) -> Iterator[tuple[Problem, dic
 
 
 def assert_follows_the_rule(
-    problem: Problem, stats: Mapping[str, Statistic], metric: Metric
+    problem: Problem,
+    stats: Mapping[str, Statistic],
+    metric: Metric,
+    eps: float | None = None,  # of the products; None: that of the inputs' dtype
 ) -> None:
     """`assert_accurate` of every statistic and of the gradients of each alone; integers are equal.
 
     The results are too small a sample of eager's errors: it is taken over several orders of eager's
     sums as well.
     """
-    dtype = problem.inputs["sem"].dtype
-    learning = {name: undisputed(problem, stat, metric, dtype) for name, stat in stats.items()}
+    eps = eps or torch.finfo(problem.inputs["sem"].dtype).eps
+    learning = {name: undisputed(problem, stat, metric, eps) for name, stat in stats.items()}
     options = {"learning": learning, "apart": True}
     ours = measure(problem, stats, metric, **options)
     truth = measure(problem.double(), stats, metric, "reference", **options)
