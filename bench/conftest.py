@@ -2,18 +2,13 @@
 
 import json
 import os
-import platform
 import re
-import subprocess
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import race
-import torch
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = pytest.StashKey[list[race.Result]]()
 LOAD = pytest.StashKey[float]()
 
@@ -28,7 +23,7 @@ def pytest_addoption(parser):
         "--record",
         nargs="?",
         type=Path,
-        const=ROOT / "bench" / "results",
+        const=race.ROOT / "bench" / "results",
         help="write the times as JSON into this folder (bench/results)",
     )
 
@@ -77,7 +72,8 @@ def pytest_terminal_summary(terminalreporter, config):
     if not results:
         return
     # Of other processes, before this run: more than a few tenths, and its times are worth little.
-    about = {**machine(), "load before": config.stash[LOAD]}
+    device = "cuda" if any(result.case.device == "cuda" for result in results) else "cpu"
+    about = {**race.machine(device), "load before": config.stash[LOAD]}
     terminalreporter.section("idml_fast against its peers")
     terminalreporter.write_line(", ".join(f"{what} {value}" for what, value in about.items()))
     terminalreporter.write_line(race.table(results))
@@ -86,25 +82,6 @@ def pytest_terminal_summary(terminalreporter, config):
     folder = config.getoption("--record")
     if folder is not None:
         terminalreporter.write_line(f"\nrecorded in {record(results, about, folder)}")
-
-
-def machine() -> dict[str, str | float]:
-    cpu_info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpu_info.read_text()) if cpu_info.exists() else None
-    return {
-        "device": model[1] if model else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "idml_fast": version("idml_fast"),
-        "python": platform.python_version(),
-        "commit": commit(),
-    }
-
-
-def commit() -> str:
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.check_output(describe, cwd=ROOT, text=True).strip()
 
 
 def record(results: list[race.Result], about: dict[str, str | float], folder: Path) -> Path:
@@ -117,9 +94,15 @@ def record(results: list[race.Result], about: dict[str, str | float], folder: Pa
             "flop": result.case.flop,
             "seconds": result.seconds,
             "extra_bytes": result.extra,
-            "ours_to": {who: result.ratio(who) for who in result.seconds if who != "ours"},
+            "ours_to": {
+                who: result.ratio(who)
+                for who, seconds in result.seconds.items()
+                if who != "ours" and seconds
+            },
             "bars": result.case.bars,
             "memory_bar_mib": result.case.memory_bar,
+            "seconds_bar": result.case.seconds_bar,
+            "share_bar": result.case.share_bar,
         }
         for result in results
     ]

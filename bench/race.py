@@ -4,17 +4,24 @@ A shared machine is slow for seconds at a time. Contestants measured one after t
 different machines, so here every round calls each of them once, and a ratio is the median over the
 rounds of the ratio within a round: what slows a round slows both sides of it and cancels, whereas
 two medians may come from different moments.
+
+On a GPU times are those between CUDA events, and each call finds an L2 cache without its inputs.
 """
 
 import ctypes
 import gc
+import platform
+import re
+import shutil
 import statistics
+import subprocess
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -24,6 +31,7 @@ Call = Callable[[], tuple[torch.Tensor, ...]]  # returns every tensor it made th
 Contestants = dict[str, Call]  # "ours" and its peers, on the same inputs
 
 MIB = 2**20
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,21 @@ class Case:
     memory_bar: float | None = None  # MiB that ours must stay under, beyond inputs and results
     rounds: int | None = None  # None: as many as the session asks for; 0: `run_once`
     median: Median | None = None  # that this case is part of
+    device: str = "cpu"
+    seconds_bar: float | None = None  # that ours may take
+    # Where a bare matrix product is among the peers, as "product": what it counts, and the share of
+    # its rate that ours must reach.
+    product_flop: float | None = None
+    share_bar: float | None = None
+
+    def flop_of(self, who: str) -> float:
+        return self.product_flop if who == "product" else self.flop
 
 
 @dataclass(frozen=True)
 class Result:
     case: Case
-    seconds: dict[str, list[float]]  # contestant: one time a round
+    seconds: dict[str, list[float]]  # contestant: one time a round; none if it ran out of memory
     extra: dict[str, int]  # contestant: bytes beyond inputs and results; empty where not measurable
 
     def ratio(self, peer: str) -> float:
@@ -66,15 +83,30 @@ class Result:
         """What ours takes of memory as a fraction of what `peer` takes."""
         return self.extra["ours"] / self.extra[peer]
 
+    def share(self) -> float:
+        """The rate of ours as a fraction of that of the bare product."""
+        return self.case.flop / self.case.product_flop / self.ratio("product")
+
     def verdicts(self) -> dict[str, tuple[str, bool]]:
         """Contestant: the bar that its line of the table is held to, and whether it is met."""
         held = {
             peer: (f"at most {bar:.2f}", self.ratio(peer) <= bar)
             for peer, bar in self.case.bars.items()
+            if self.seconds[peer]
         }
+        bars = []
         if self.case.memory_bar is not None and self.extra:
             met = self.extra["ours"] < self.case.memory_bar * MIB
-            held["ours"] = (f"under {self.case.memory_bar:.0f} MiB", met)
+            bars.append((f"under {self.case.memory_bar:.0f} MiB", met))
+        if self.case.seconds_bar is not None:
+            met = statistics.median(self.seconds["ours"]) < self.case.seconds_bar
+            bars.append((f"under {self.case.seconds_bar:.0f} s", met))
+        if bars:
+            texts, met = zip(*bars, strict=True)
+            held["ours"] = (", ".join(texts), all(met))
+        if self.case.share_bar is not None:
+            share, bar = self.share(), self.case.share_bar
+            held["product"] = (f"ours at {share:.0%} of its rate, at least {bar:.0%}", share >= bar)
         return held
 
 
@@ -82,6 +114,8 @@ def run(benchmark, case: Case, rounds: int) -> Result:
     """Time the contestants in turn, then measure the memory of each."""
     if case.rounds == 0:
         return run_once(benchmark, case)
+    if case.device == "cuda":
+        return run_on_gpu(benchmark, case, case.rounds or rounds)
     contestants = case.build(*case.shape, case.peers)
     seconds = times(benchmark, contestants, case.rounds or rounds)
     extra = {}
@@ -101,13 +135,59 @@ def run_once(benchmark, case: Case) -> Result:
     for who, call in case.build(*case.shape, case.peers).items():
         timed = partial(benchmark.pedantic, call, rounds=1) if who == "ours" else call
         start = time.perf_counter()
-        if Path("/proc/self/clear_refs").exists():  # Linux
-            extra[who] = peak_memory(timed)
+        if case.device == "cuda" or Path("/proc/self/clear_refs").exists():  # Linux
+            extra[who] = peak_memory(timed, case.device)
         else:
             timed()
         seconds[who] = [time.perf_counter() - start]
     benchmark.extra_info.update(seconds=seconds, extra_bytes=extra)
     return Result(case, seconds, extra)
+
+
+def run_on_gpu(benchmark, case: Case, rounds: int) -> Result:
+    """The memory of each contestant, then their times in turn; one that has no room has no time."""
+    case.build(*(64 for _ in case.shape), ())["ours"]()  # loads libraries, which keep some memory
+    contestants = case.build(*case.shape, case.peers)
+    extra: dict[str, int] = {}
+    for who, call in contestants.items():
+        try:
+            if who != "ours":  # of ours the first call counts: it might keep what it allocates
+                call()
+            extra[who] = peak_memory(call, case.device)
+        except torch.cuda.OutOfMemoryError:
+            continue
+        finally:
+            gc.collect()
+    contestants = {"ours": contestants["ours"], "ours again": contestants["ours"], **contestants}
+    seconds: dict[str, list[float]] = {who: [] for who in contestants}
+    order = deque(who for who in contestants if who in extra or who == "ours again")
+    for _ in range(rounds):
+        order.rotate()
+        for who in order:
+            seconds[who].append(seconds_on_gpu(contestants[who]))
+    # The wall's clock, for what pytest-benchmark prints.
+    benchmark.pedantic(lambda: seconds_on_gpu(contestants["ours"]), rounds=1)
+    benchmark.extra_info.update(seconds=seconds, extra_bytes=extra)
+    return Result(case, seconds, extra)
+
+
+def seconds_on_gpu(call: Call) -> float:
+    """Between two events around a call, which the host enqueues while the GPU empties its cache."""
+    other_data().zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    results = call()
+    end.record()
+    end.synchronize()
+    del results
+    return start.elapsed_time(end) / 1e3
+
+
+@cache
+def other_data() -> torch.Tensor:
+    """Four times what the L2 cache holds."""
+    size = 4 * torch.cuda.get_device_properties().L2_cache_size
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
 def times(benchmark, contestants: Contestants, rounds: int) -> dict[str, list[float]]:
@@ -149,9 +229,17 @@ def first_call_memory(case: Case) -> int:
     return peak_memory(case.build(*case.shape, ())["ours"])
 
 
-def peak_memory(call: Call) -> int:
-    """Bytes resident at the peak of a call beyond what was there before it and what it returns."""
+def peak_memory(call: Call, device: str = "cpu") -> int:
+    """Bytes in use at the peak of a call beyond those before it and those that it returns: resident
+    ones, or what PyTorch has allocated of the GPU's memory."""
     gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before - sum(t.nbytes for t in results)
     # Freed memory that the C library keeps would hide what is asked for anew.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
@@ -175,6 +263,9 @@ def table(results: list[Result]) -> str:
         lines += ["", result.case.title]
         lines.append(line("", *columns))
         for who, seconds in result.seconds.items():
+            if not seconds:
+                lines.append(f"  {who:11}  out of memory")
+                continue
             median = statistics.median(seconds)
             bar, met = verdicts.get(who, ("", True))
             lines.append(
@@ -182,7 +273,7 @@ def table(results: list[Result]) -> str:
                     who,
                     f"{median * 1e3:.1f}",
                     spread(seconds),
-                    f"{result.case.flop / median / 1e12:.3f}",
+                    f"{result.case.flop_of(who) / median / 1e12:.3f}",
                     f"{result.extra[who] / MIB:.1f}" if who in result.extra else "",
                     f"{result.ratio(who):.2f}" if who != "ours" else "",
                     bar and f"{bar}: {'met' if met else 'MISSED'}",
@@ -222,3 +313,39 @@ def spread(seconds: list[float]) -> str:
         return ""
     low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
     return f"{(high - low) / median:.0%}"
+
+
+def machine(device: str) -> dict[str, str | float]:
+    """What a run's numbers belong to."""
+    cpu_info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpu_info.read_text()) if cpu_info.exists() else None
+    processor = model[1] if model else platform.processor() or platform.machine()
+    about = {
+        "device": processor,
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device == "cuda":
+        ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        about = {
+            "device": torch.cuda.get_device_name(),
+            "driver": subprocess.check_output(ask, text=True).strip(),
+            "cuda": torch.version.cuda,
+            "triton": version("triton"),
+            "processor": processor,
+        }
+    return about | {
+        "torch": torch.__version__,
+        "idml_fast": version("idml_fast"),
+        "python": platform.python_version(),
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """Of the working tree; "unknown" for a copy without its history."""
+    if shutil.which("git") is None:
+        return "unknown"
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    ran = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
+    return ran.stdout.strip() or "unknown"

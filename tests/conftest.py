@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,22 @@ FORMS = "distance", "cosine", "official"
 DOUBLE = 1e-10
 
 Inputs = dict[str, Tensor | str | None]  # sem, unc, sem2, unc2 by name; "zero" for certain items
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--measured",
+        type=Path,
+        metavar="FOLDER",
+        help="write what tests/test_gpu.py measures into this folder, as JSON",
+    )
+
+
+@pytest.fixture
+def race(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What the benchmarks measure with."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return importlib.import_module("race")
 
 
 def draw(

@@ -16,12 +16,6 @@ BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
 @pytest.fixture
-def race(monkeypatch):
-    monkeypatch.syspath_prepend(BENCH)
-    return importlib.import_module("race")
-
-
-@pytest.fixture
 def bench_pairwise(race):
     return importlib.import_module("bench_pairwise")
 
