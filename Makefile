@@ -1,18 +1,21 @@
 # Everything from nothing: Python >= 3.10, a C++ compiler and make are all that has to be there.
 #
-#   make demo     train on the bundled handwritten digits and write runs/demo/report.html
-#   make test     all tests
-#   make bench    ours beside its peers, in a table
-#   make lint     what has to hold before a commit; `make format` mends most of it
+#   make demo       train on the bundled handwritten digits and write runs/demo/report.html
+#   make test       all tests
+#   make bench      ours beside its peers, in a table
+#   make gpu-check  on a machine with a GPU: tests, compute-sanitizer, benchmarks; no network
+#   make lint       what has to hold before a commit; `make format` mends most of it
 #
 # PYTHON chooses the interpreter, ARGS goes to pytest: make bench ARGS="--check --record"
 
 PYTHON ?= python3
+RESULTS ?= bench/results
+SANITIZER ?= compute-sanitizer
 BIN := .venv/bin
 INSTALLED := .venv/installed
 NATIVE := $(wildcard csrc/*.* kernels/*/*.h kernels/*/*.cpp kernels/*/*.cuh kernels/*/*.cu)
 
-.PHONY: demo test bench lint format
+.PHONY: demo test bench gpu-check lint format
 
 demo: $(INSTALLED)
 	$(BIN)/idml-fast train --name demo --run.overwrite true
@@ -22,6 +25,30 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+
+# With the Python, torch and Triton that are there. A step has a limit in seconds, eight minutes in
+# all, and runs whatever became of those before it; the exit code tells of all of them.
+gpu-check:
+	@failed=; \
+	step() { \
+		name=$$1 limit=$$2; shift 2; \
+		echo "==== $$name: $$*"; \
+		timeout --signal=INT --kill-after=5 $$limit "$$@" || failed="$$failed $$name"; \
+	}; \
+	step install 40 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .; \
+	step tests 150 $(PYTHON) -m pytest tests/test_gpu.py -m gpu -q -n auto --maxprocesses=16 \
+		--measured=$(RESULTS); \
+	if command -v $(SANITIZER) > /dev/null; then \
+		for tool in memcheck racecheck; do \
+			step $$tool 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+				$(SANITIZER) --tool $$tool --error-exitcode 1 $(PYTHON) tests/sanitized.py; \
+		done; \
+	else \
+		echo "==== memcheck, racecheck: not done, there is no $(SANITIZER) here"; \
+	fi; \
+	step benchmarks 195 $(PYTHON) -m pytest bench/bench_gpu.py -q --benchmark-only \
+		--benchmark-quiet --check --record=$(RESULTS); \
+	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

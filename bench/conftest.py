@@ -82,6 +82,9 @@ def pytest_terminal_summary(terminalreporter, config):
     folder = config.getoption("--record")
     if folder is not None:
         terminalreporter.write_line(f"\nrecorded in {record(results, about, folder)}")
+    if device == "cuda":
+        terminalreporter.section("in short")
+        terminalreporter.write_line(race.summary(results))
 
 
 def record(results: list[race.Result], about: dict[str, str | float], folder: Path) -> Path:

@@ -33,6 +33,38 @@ def test_ours_and_the_formula_compute_the_same(bench_pairwise, sets):
     assert both["floor"]() == ()
 
 
+GPU_CASES = {
+    "rowstats": ("multi_similarity", (48, 48), ("product", "chunked", "compile", "eager")),
+    "Proxy-Anchor": ("proxy_anchor", (30, 20), ("product", "eager")),
+    "pairwise": ("scores", (30, 20), ("product", "eager")),
+    "paired": ("listed", (30, 90), ("eager",)),
+    "nearest": ("search", (48, 30), ("product", "chunked")),
+}
+TWO_PASSES = {"passes": "forward + backward"}
+GPU_OPTIONS = {
+    "rowstats": TWO_PASSES | {"sets": "two sets"},
+    "rowstats, self": TWO_PASSES | {"sets": "self"},
+    "Proxy-Anchor": {},
+    "pairwise": TWO_PASSES,
+    "paired": TWO_PASSES,
+    "nearest": {"k": 5, "chunk": 16},
+}
+
+
+@pytest.mark.parametrize("name", GPU_OPTIONS)
+def test_contestants_on_a_gpu_compute_the_same(race, monkeypatch, name):
+    bench_gpu = importlib.import_module("bench_gpu")
+    for constant, value in {"DEVICE": "cpu", "PRODUCT": 64, "CHUNK": 16}.items():
+        monkeypatch.setattr(bench_gpu, constant, value)
+    build, shape, peers = GPU_CASES[name.removesuffix(", self")]
+    options = {"width": 24, "dtype": torch.float64, **GPU_OPTIONS[name]}
+    found = {who: run() for who, run in getattr(bench_gpu, build)(*shape, peers, **options).items()}
+    assert list(found) == ["ours", *peers]
+    assert found.pop("product", ()) == ()
+    for results in found.values():
+        torch.testing.assert_close(results, found["ours"])
+
+
 def result_of(race, ours, peer, extra, **bars):
     case = race.Case("a case", dict, shape=(2, 2), peers=("peer",), flop=4e9, **bars)
     extra = {"ours": extra * race.MIB, "peer": 0}
@@ -83,6 +115,26 @@ def test_the_median_over_cases(race, times, extra, met):
         f"median over 3 cases, ours to peer: time {middle[0]:.2f} (bar 0.25), "
         f"memory {middle[1]:.2f} (bar 0.12): {'met' if met else 'MISSED'}"
     )
+
+
+def test_the_share_of_the_rate_of_a_product_and_a_peer_without_room(race):
+    case = race.Case(
+        "a case", dict, (2, 2), ("product", "eager"), flop=4e9, product_flop=8e9, share_bar=0.2,
+        bars={"eager": 0.1}, seconds_bar=1,
+    )  # fmt: skip
+    seconds = {"ours": [0.004] * 3, "product": [0.002] * 3, "eager": []}
+    result = race.Result(case, seconds, {"ours": 3 * race.MIB, "product": 0})
+    assert result.share() == 0.25
+    assert result.verdicts() == {"ours": ("under 1 s", True), "product": ("at least 20%", True)}
+    ours, product, eager = race.table([result]).splitlines()[-3:]
+    assert ours.split()[:4] == ["ours", "4.0", "0%", "1.000"]
+    assert product.split()[:4] == ["product", "2.0", "0%", "4.000"]
+    assert product.endswith("ours reach 25% of its rate, at least 20%: met")
+    assert eager.split() == ["eager", "out", "of", "memory"]
+    assert race.summary([result]).splitlines() == [
+        "a case",
+        "   4.0 ms, 1.0 TFLOP/s, 25% of the product's, eager: no room, 3 MiB",
+    ]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read on Linux")

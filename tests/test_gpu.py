@@ -68,9 +68,14 @@ METRICS = test_rowstats.METRICS
 METRIC = METRICS["distance"]
 
 each_op = pytest.mark.parametrize("op", backends.OPERATIONS)
-each_form = pytest.mark.parametrize("form", FORMS)
 two_sets_and_self = pytest.mark.parametrize("m", [139, None], ids=["two sets", "self"])
 in_float_and_half = pytest.mark.parametrize("arithmetic", ["ieee", "bf16"])
+in_float = pytest.mark.parametrize("arithmetic", ["ieee"])
+in_half = pytest.mark.parametrize("arithmetic", ["bf16"])
+# Not all of both: every combination has to be compiled.
+each_form_in_float_and_one_in_half = pytest.mark.parametrize(
+    ("form", "arithmetic"), [*((form, "ieee") for form in FORMS), ("distance", "bf16")]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +169,7 @@ RULES = {
     "paired": paired_follows_the_rule,
     "nearest": nearest_follows_the_rule,
 }
-# Every metric, and every arithmetic; not all of both, since each of them is compiled.
+# Every metric, and every arithmetic.
 COMBINATIONS = [
     *((name, "bf16") for name in METRICS),
     *(("distance", arithmetic) for arithmetic in (*MODES, "fp16")),
@@ -230,7 +235,7 @@ def test_shapes_of_rowstats(shape, monkeypatch):
 
 
 @each_op
-@in_float_and_half
+@in_float
 @pytest.mark.parametrize("certain", [("unc",), ("unc2",), ("unc", "unc2")], ids="+".join)
 def test_zero_is_an_uncertainty_of_zeros(op, certain, dtype):
     inputs = on_device(draw(139, 130, 83, 41, dtype=dtype)) | dict.fromkeys(certain, "zero")
@@ -238,7 +243,7 @@ def test_zero_is_an_uncertainty_of_zeros(op, certain, dtype):
 
 
 @each_op
-@in_float_and_half
+@in_half
 @pytest.mark.parametrize("layout", ["transposed", "every other row and column"])
 def test_non_contiguous_inputs(op, layout, dtype):
     inputs = on_device(draw(139, 130, 83, 41, dtype=dtype))
@@ -286,8 +291,7 @@ def differentiate(
 
 
 @each_op
-@in_float_and_half
-@each_form
+@each_form_in_float_and_one_in_half
 def test_tau_and_gamma_learn(op, form, dtype):
     """They are one number each: eager's error is sampled over several problems."""
     call = operation(op, 70, 60)
@@ -364,13 +368,13 @@ def assert_gradients_follow_the_rule(
         assert_accurate(what, ours[what], eager[what], truth[what])
 
 
-@in_float_and_half
+@in_float
 @pytest.mark.parametrize("name", test_losses.ALL)
 def test_gradients_of_losses(name, dtype):
     assert_gradients_follow_the_rule(*measured(name, dtype))
 
 
-@in_float_and_half
+@in_float
 def test_values_of_losses(dtype):
     # One number is one draw of a rounding error: the losses are the sample for one another.
     found = []
@@ -414,8 +418,7 @@ EDGES = (
 
 
 @each_op
-@in_float_and_half
-@each_form
+@each_form_in_float_and_one_in_half
 @pytest.mark.parametrize("name", EDGES)
 def test_edges(op, name, form, dtype):
     # A gamma of 0, so that nothing hides what a beta of 0 does; a weak effect of the uncertainty,
@@ -423,7 +426,7 @@ def test_edges(op, name, form, dtype):
     RULES[op](on_device(edge(name, dtype)), Metric(1000.0, 0.0, form))
 
 
-@each_form
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("arithmetic", [*MODES, *HALVES])
 def test_identical_items_are_exact(form, dtype):
     inputs = on_device(edge("identical items", dtype))
@@ -434,8 +437,7 @@ def test_identical_items_are_exact(form, dtype):
     assert torch.equal(itself, itself.T)
 
 
-@each_form
-@in_float_and_half
+@each_form_in_float_and_one_in_half
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_and_inf_come_out_where_they_went_in(value, name, form, dtype):
@@ -579,7 +581,7 @@ def loss_step(name: str, dtype: torch.dtype) -> tuple[Callable[[], list[Tensor]]
 WITHOUT_LISTS = [name for name in test_losses.ALL if name not in test_losses.DATA_DEPENDENT]
 
 
-@in_float_and_half
+@in_float
 @pytest.mark.parametrize("name", WITHOUT_LISTS)
 def test_a_step_does_not_wait_for_the_gpu(name, dtype):
     step, _ = loss_step(name, dtype)
@@ -591,7 +593,7 @@ def test_a_step_does_not_wait_for_the_gpu(name, dtype):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@in_float_and_half
+@in_float
 @pytest.mark.parametrize("name", WITHOUT_LISTS)
 def test_a_captured_step_takes_new_items(name, dtype):
     step, items = loss_step(name, dtype)
@@ -617,7 +619,7 @@ def test_a_captured_step_takes_new_items(name, dtype):
             torch.testing.assert_close(x, alone)
 
 
-@in_float_and_half
+@in_half
 @pytest.mark.parametrize("name", ["proxy_anchor_learned", "multi_similarity", "triplet_hard"])
 def test_a_whole_step_compiles(name, dtype):
     torch._dynamo.reset()  # the losses share their forward, which it compiles a few times only

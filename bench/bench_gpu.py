@@ -1,0 +1,355 @@
+"""On an NVIDIA GPU: every operation beside its peers, in bfloat16 where a case says nothing else.
+
+Among the contestants is one bare product of square matrices: the share of its rate that ours reach
+is that of the machine as it is in this run. What is counted are the products that the definition
+asks for: two forward, four more backward for two sets, two for rows against themselves.
+"""
+
+from functools import partial
+
+import pytest
+import race
+import torch
+from bench_paired import formula as paired_formula
+from bench_rowstats import METRIC, MULTI_SIMILARITY, formula
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import idml_fast
+from idml_fast import backend
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+DEVICE = "cuda"
+BF16 = torch.bfloat16
+PRODUCT = 8192  # rows and columns of the bare product
+CHUNK = 2048  # rows that the chunked peer takes at a time
+SETS = pytest.mark.parametrize("sets", ["two sets", "self"])
+PASSES = pytest.mark.parametrize("passes", ["forward", "forward + backward"])
+
+# The share of the bare product's rate that row statistics must reach, by width.
+SHARES = {
+    512: {"forward": 0.70, "forward + backward": 0.60},
+    128: {"forward": 0.45, "forward + backward": 0.45},
+    64: {"forward": 0.25, "forward + backward": 0.25},
+}
+# Of rowstats at 32,768 x 32,768, forward and backward: ours to the peers.
+BARS = {"chunked": 1 / 1.3, "compile": 1 / 3, "eager": 1 / 8}
+MEMORY_BAR = 300  # MiB, of the same
+MILLION, MILLION_BAR = 1_000_000, 25  # rows and columns, and the seconds that they may take
+CLASSES = {  # of a batch, with a proxy each
+    120: 11_318,  # Stanford Online Products
+    1024: 60_000,
+    4096: 93_431,  # MS1M's faces
+}
+# Rows, columns, width, k, and the rows that the chunked peer takes at a time, which divide them.
+SEARCHES = [
+    (60_502, 60_502, 512, 1000, 2327),
+    (60_502, 60_502, 512, 10, 2327),
+    (10_000, 1_000_000, 128, 100, 250),
+]
+
+
+def gpu_case(title, build, shape, flop, peers=("product",), **rest) -> race.Case:
+    return race.Case(
+        title=title,
+        build=build,
+        shape=shape,
+        peers=peers,
+        flop=flop,
+        device="cuda",
+        product_flop=2.0 * PRODUCT**3,
+        **rest,
+    )
+
+
+def embeddings(n, width, dtype, seed) -> tuple[torch.Tensor, torch.Tensor]:
+    """sem, of length one, and unc, made where they stay."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    sem, unc = torch.randn(2, n, width, generator=generator, device=DEVICE)
+    return F.normalize(sem).to(dtype), (unc / width**0.5).to(dtype)
+
+
+def product():
+    """One product, into memory that is already there."""
+    x, y = embeddings(PRODUCT, PRODUCT, BF16, 0)
+    out = torch.empty_like(x)
+    return lambda: (torch.mm(x, y, out=out),)[1:]
+
+
+def contestants(
+    ours, dense, leaves, passes, peers, *, upstream=None, chunked=None
+) -> race.Contestants:
+    """Ours and the formula, which take the leaves: eager, compiled, and in chunks if given."""
+
+    def run(function):
+        def forward():
+            with torch.no_grad():
+                return (function(*leaves),)
+
+        def backward():
+            results = function(*leaves)
+            return (results.detach(), *torch.autograd.grad(results, leaves, upstream))
+
+        return forward if passes == "forward" else backward
+
+    def compiled():
+        torch.compiler.reset()  # or the limit on recompilations makes the later cases eager ones
+        return run(torch.compile(dense, dynamic=False))
+
+    for leaf in leaves:
+        leaf.requires_grad_(passes != "forward")
+    build = {
+        "product": product,
+        "eager": lambda: run(dense),
+        "compile": compiled,
+        "chunked": lambda: run(chunked),
+    }
+    return {"ours": run(ours)} | {peer: build[peer]() for peer in peers if peer in build}
+
+
+# ----------------------------------------------------------------------------------------- rowstats
+
+
+@SETS
+@PASSES
+@pytest.mark.parametrize("rows", [16_384, 32_768])
+@pytest.mark.parametrize("width", SHARES)
+def test_rowstats(race_case, width, rows, passes, sets):
+    backward = passes != "forward"
+    beside = (width, rows, sets, passes) == (512, 32_768, "two sets", "forward + backward")
+    products = 6 if sets == "two sets" and backward else 4 if backward else 2
+    race_case(
+        gpu_case(
+            f"rowstats, {sets}, {passes}, {rows} x {rows}, D = {width}",
+            partial(multi_similarity, width=width, sets=sets, passes=passes),
+            (rows, rows),
+            products * 2.0 * rows * rows * width,
+            share_bar=SHARES[width][passes],
+            peers=("product", *BARS) if beside else ("product",),
+            bars=BARS if beside else {},
+            memory_bar=MEMORY_BAR,
+        )
+    )
+
+
+def test_rowstats_of_a_million(race_case, full):
+    if not full:
+        pytest.skip("a million times a million pairs take half a minute: --full")
+    race_case(
+        gpu_case(
+            f"rowstats, two sets, forward + backward, {MILLION} x {MILLION}, D = 512",
+            partial(multi_similarity, width=512, sets="two sets", passes="forward + backward"),
+            (MILLION, MILLION),
+            6 * 2.0 * MILLION**2 * 512,
+            seconds_bar=MILLION_BAR,
+            rounds=0,
+        )
+    )
+
+
+def multi_similarity(n, m, peers, *, width, sets, passes, dtype=BF16) -> race.Contestants:
+    two_sets = sets == "two sets"
+    labels = torch.arange(n, device=DEVICE) // 4
+    labels2 = torch.arange(m, device=DEVICE) // 4 if two_sets else None
+    places = torch.arange(n, device=DEVICE)
+
+    def ours(*sides):
+        of_labels = {"labels": labels, "labels2": labels2}
+        found = idml_fast.rowstats(*sides, **of_labels, metric=METRIC, stats=MULTI_SIMILARITY)
+        return (F.softplus(found["pull"]) / 2 + F.softplus(found["push"]) / 50).mean()
+
+    def terms(sem, unc, sem2, unc2, own, cols, place):
+        """Of some rows. No exponent is above 25, so that the sums need no maximum."""
+        beta = unc.square().sum(1)[:, None] + unc2.square().sum(1) + 2 * unc @ unc2.T
+        scores = formula(sem, unc, sem2, beta.clamp(min=1e-12).sqrt())
+        same = own[:, None] == cols
+        positive = same if two_sets else same & (place[:, None] != places)
+        sums = torch.promote_types(dtype, torch.float32)
+        pull = torch.where(positive, torch.exp(-2 * (scores - 0.5)), 0).sum(1, dtype=sums)
+        push = torch.where(same, 0, torch.exp(50 * (scores - 0.5))).sum(1, dtype=sums)
+        return torch.log1p(pull) / 2 + torch.log1p(push) / 50
+
+    def dense(sem, unc, sem2=None, unc2=None):
+        columns = (sem2, unc2) if two_sets else (sem, unc)
+        return terms(sem, unc, *columns, labels, labels2 if two_sets else labels, places).mean()
+
+    part = torch.compile(terms, dynamic=False)
+
+    def chunked(sem, unc, sem2=None, unc2=None):
+        """cuBLAS' products of some rows at a time and a fused epilogue, again in the backward."""
+        columns = (sem2, unc2) if two_sets else (sem, unc)
+        found = []
+        for first in range(0, n, CHUNK):
+            rows = slice(first, first + CHUNK)
+            arguments = sem[rows], unc[rows], *columns, labels[rows]
+            arguments = *arguments, labels2 if two_sets else labels, places[rows]
+            found.append(checkpoint(part, *arguments, use_reentrant=False))
+        return torch.cat(found).mean()
+
+    leaves = [x for k in range(1 + two_sets) for x in embeddings((n, m)[k], width, dtype, k)]
+    return contestants(ours, dense, leaves, passes, peers, chunked=chunked)
+
+
+@pytest.mark.parametrize("passes", ["forward + backward"])
+def test_rowstats_in_float32(race_case, passes, rows=16_384, width=512):
+    race_case(
+        gpu_case(
+            f"rowstats, two sets, {passes}, fp32, {rows} x {rows}, D = {width}",
+            partial(in_float32, width=width, passes=passes),
+            (rows, rows),
+            6 * 2.0 * rows * rows * width,
+            peers=("product", "tf32x3", "bf16x3", "tf32"),
+        )
+    )
+
+
+def in_float32(n, m, peers, *, width, passes) -> race.Contestants:
+    """Ours in IEEE float32, and ours in every other way to multiply it."""
+    options = {"width": width, "sets": "two sets", "passes": passes, "dtype": torch.float32}
+    found = multi_similarity(n, m, [peer for peer in peers if peer == "product"], **options)
+    ours = found["ours"]
+
+    def run(precision):
+        before = backend.precision
+        backend.precision = precision
+        try:
+            return ours()
+        finally:
+            backend.precision = before
+
+    modes = [peer for peer in peers if peer != "product"]
+    return found | {"ours": partial(run, "ieee")} | {mode: partial(run, mode) for mode in modes}
+
+
+# ------------------------------------------------------------------------------------- Proxy-Anchor
+
+
+@pytest.mark.parametrize("batch", CLASSES)
+def test_proxy_anchor(race_case, batch, width=512):
+    classes = CLASSES[batch]
+    race_case(
+        gpu_case(
+            f"Proxy-Anchor, forward + backward, {batch} x {classes}, D = {width}",
+            partial(proxy_anchor, width=width),
+            (batch, classes),
+            3 * 2.0 * batch * classes * width,  # the proxies are certain
+            peers=("product", "compile", "eager"),
+        )
+    )
+
+
+def proxy_anchor(n, m, peers, *, width, dtype=BF16) -> race.Contestants:
+    (sem, unc), (proxies, _) = (embeddings(k, width, dtype, k) for k in (n, m))
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    labels = torch.randint(m, (n,), generator=generator, device=DEVICE)
+    classes = torch.arange(m, device=DEVICE)
+
+    def ours(sem, unc, proxies):
+        return idml_fast.losses.proxy_anchor_loss(sem, unc, labels, proxies=proxies, metric=METRIC)
+
+    def dense(sem, unc, proxies):
+        scores = formula(sem, unc, proxies, unc.norm(dim=1)[:, None])
+        scores = scores.to(torch.promote_types(dtype, torch.float32))
+        same = labels[:, None] == classes
+        pull = torch.where(same, torch.exp(-32 * (scores - 0.1)), 0).sum(0)
+        push = torch.where(same, 0, torch.exp(32 * (scores + 0.1))).sum(0)
+        return torch.log1p(pull).sum() / same.any(0).sum() + torch.log1p(push).sum() / m
+
+    return contestants(ours, dense, [sem, unc, proxies], "forward + backward", peers)
+
+
+# --------------------------------------------------------------------------------- pairwise, paired
+
+
+@PASSES
+def test_pairwise(race_case, passes, rows=16_384, width=512):
+    race_case(
+        gpu_case(
+            f"pairwise, two sets, {passes}, {rows} x {rows}, D = {width}",
+            partial(scores, width=width, passes=passes),
+            (rows, rows),
+            (2 if passes == "forward" else 6) * 2.0 * rows * rows * width,
+            peers=("product", "compile", "eager"),
+        )
+    )
+
+
+def scores(n, m, peers, *, width, passes, dtype=BF16) -> race.Contestants:
+    def dense(sem, unc, sem2, unc2):
+        beta = unc.square().sum(1)[:, None] + unc2.square().sum(1) + 2 * unc @ unc2.T
+        return formula(sem, unc, sem2, beta.clamp(min=1e-12).sqrt())
+
+    ours = partial(idml_fast.pairwise, metric=METRIC)
+    leaves = [*embeddings(n, width, dtype, 0), *embeddings(m, width, dtype, 1)]
+    upstream = torch.ones(n, m, dtype=dtype, device=DEVICE)
+    return contestants(ours, dense, leaves, passes, peers, upstream=upstream)
+
+
+@PASSES
+def test_paired(race_case, passes, items=60_502, pairs=1_000_000, width=512):
+    # As bench_paired.py counts: these are no products.
+    race_case(
+        gpu_case(
+            f"paired, {passes}, {pairs} pairs of {items} items, D = {width}",
+            partial(listed, width=width, passes=passes),
+            (items, pairs),
+            6.0 * width * (1 if passes == "forward" else 5) * pairs,
+            peers=("compile", "eager"),
+        )
+    )
+
+
+def listed(items, pairs, peers, *, width, passes, dtype=BF16) -> race.Contestants:
+    generator = torch.Generator(DEVICE).manual_seed(2)
+    index = torch.randint(items, (2, pairs), generator=generator, device=DEVICE).unbind()
+    ours = partial(idml_fast.paired, index=index)  # the metric of `paired_formula` is the default
+
+    def dense(sem, unc):
+        return paired_formula(sem, unc, *index)
+
+    leaves = [*embeddings(items, width, dtype, 0)]
+    upstream = torch.ones(pairs, dtype=dtype, device=DEVICE)
+    return contestants(ours, dense, leaves, passes, peers, upstream=upstream)
+
+
+# ------------------------------------------------------------------------------------------ nearest
+
+
+@pytest.mark.parametrize(("n", "m", "width", "k", "chunk"), SEARCHES)
+def test_nearest(race_case, n, m, width, k, chunk):
+    race_case(
+        gpu_case(
+            f"nearest, {n} x {m}, D = {width}, k = {k}",
+            partial(search, width=width, k=k, chunk=chunk),
+            (n, m),
+            2 * 2.0 * n * m * width,
+            peers=("product", "chunked"),
+            rounds=3,
+        )
+    )
+
+
+def search(n, m, peers, *, width, k, chunk, dtype=BF16) -> race.Contestants:
+    rows, columns = embeddings(n, width, dtype, 0), embeddings(m, width, dtype, 1)
+    k, metric = min(k, m), idml_fast.Metric.paper()
+
+    def scores(sem, unc):
+        """As a user writes them, with the products of cuBLAS."""
+        alpha, beta = (
+            (x.square().sum(1)[:, None] + y.square().sum(1) + 2 * sign * x @ y.T)
+            for x, y, sign in ((sem, columns[0], -1), (unc, columns[1], 1))
+        )
+        alpha, beta = alpha.clamp(min=1e-12).sqrt(), beta.clamp(min=1e-12).sqrt()
+        return alpha * torch.exp(-(beta + metric.gamma) / (metric.tau * alpha))
+
+    part = torch.compile(scores, dynamic=False)
+
+    def chunked():
+        parts = zip(*(x.split(chunk) for x in rows), strict=True)
+        found = [part(*x).topk(k, largest=False) for x in parts]
+        return torch.cat([x.values for x in found]), torch.cat([x.indices for x in found])
+
+    build = {"product": product, "chunked": lambda: chunked}
+    ours = partial(idml_fast.nearest, *rows, *columns, k=k, metric=metric)
+    return {"ours": ours} | {peer: build[peer]() for peer in peers}
