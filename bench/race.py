@@ -354,10 +354,10 @@ def machine(device: str) -> dict[str, str | float]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
     if device == "cuda":
-        ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+        ask = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
         about = {
             "device": torch.cuda.get_device_name(),
-            "driver": subprocess.check_output(ask, text=True).strip(),
+            "driver": answer(*ask),
             "cuda": torch.version.cuda,
             "triton": version("triton"),
             "processor": processor,
@@ -366,14 +366,13 @@ def machine(device: str) -> dict[str, str | float]:
         "torch": torch.__version__,
         "idml_fast": version("idml_fast"),
         "python": platform.python_version(),
-        "commit": commit(),
+        "commit": answer("git", "describe", "--always", "--dirty", "--exclude=*"),
     }
 
 
-def commit() -> str:
-    """Of the working tree; "unknown" for a copy without its history."""
-    if shutil.which("git") is None:
+def answer(*command: str) -> str:
+    """What a command says; "unknown" where it is missing or fails."""
+    if shutil.which(command[0]) is None:
         return "unknown"
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    ran = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     return ran.stdout.strip() or "unknown"

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,31 +35,30 @@ def test_ours_and_the_formula_compute_the_same(bench_pairwise, sets):
     assert both["floor"]() == ()
 
 
+BACKWARD = {"passes": "forward + backward"}
+# What builds the contestants, its shape, the peers, and the rest.
 GPU_CASES = {
-    "rowstats": ("multi_similarity", (48, 48), ("product", "chunked", "compile", "eager")),
-    "Proxy-Anchor": ("proxy_anchor", (30, 20), ("product", "eager")),
-    "pairwise": ("scores", (30, 20), ("product", "eager")),
-    "paired": ("listed", (30, 90), ("eager",)),
-    "nearest": ("search", (48, 30), ("product", "chunked")),
-}
-TWO_PASSES = {"passes": "forward + backward"}
-GPU_OPTIONS = {
-    "rowstats": TWO_PASSES | {"sets": "two sets"},
-    "rowstats, self": TWO_PASSES | {"sets": "self"},
-    "Proxy-Anchor": {},
-    "pairwise": TWO_PASSES,
-    "paired": TWO_PASSES,
-    "nearest": {"k": 5, "chunk": 16},
+    "rowstats": (
+        "multi_similarity",
+        (48, 48),
+        ("product", "chunked", "eager"),
+        BACKWARD | {"sets": "two sets"},
+    ),
+    "rowstats, self": ("multi_similarity", (48, 48), ("eager",), BACKWARD | {"sets": "self"}),
+    "Proxy-Anchor": ("proxy_anchor", (30, 20), ("product", "eager"), {}),
+    "pairwise": ("scores", (30, 20), ("product", "eager"), BACKWARD),
+    "paired": ("listed", (30, 90), ("eager",), BACKWARD),
+    "nearest": ("search", (48, 30), ("product", "chunked"), {"k": 5, "chunk": 16}),
 }
 
 
-@pytest.mark.parametrize("name", GPU_OPTIONS)
+@pytest.mark.parametrize("name", GPU_CASES)
 def test_contestants_on_a_gpu_compute_the_same(race, monkeypatch, name):
     bench_gpu = importlib.import_module("bench_gpu")
     for constant, value in {"DEVICE": "cpu", "PRODUCT": 64, "CHUNK": 16}.items():
         monkeypatch.setattr(bench_gpu, constant, value)
-    build, shape, peers = GPU_CASES[name.removesuffix(", self")]
-    options = {"width": 24, "dtype": torch.float64, **GPU_OPTIONS[name]}
+    build, shape, peers, options = GPU_CASES[name]
+    options = {"width": 24, "dtype": torch.float64, **options}
     found = {who: run() for who, run in getattr(bench_gpu, build)(*shape, peers, **options).items()}
     assert list(found) == ["ours", *peers]
     assert found.pop("product", ()) == ()
@@ -135,6 +136,32 @@ def test_the_share_of_the_rate_of_a_product_and_a_peer_without_room(race):
         "a case",
         "   4.0 ms, 1.0 TFLOP/s, 25% of the product's, eager: no room, 3 MiB",
     ]
+
+
+def test_on_a_gpu_a_peer_without_room_has_no_time_and_ours_must_have_some(race, monkeypatch):
+    calls = []
+
+    def no_room():
+        raise torch.cuda.OutOfMemoryError
+
+    def contestants(n, peers, ours):
+        found = {"ours": ours, "eager": no_room, "product": lambda: calls.append("product")}
+        return {who: found[who] for who in ("ours", *peers)}
+
+    def case(ours):
+        build = partial(contestants, ours=ours)
+        return race.Case("a case", build, (2,), ("eager", "product"), flop=1.0, device="cuda")
+
+    benchmark = SimpleNamespace(pedantic=lambda call, rounds: call(), extra_info={})
+    monkeypatch.setattr(race, "peak_memory", lambda call, device: call() or 7)
+    monkeypatch.setattr(race, "seconds_on_gpu", lambda call: call() or 0.5)
+    result = race.run(benchmark, case(lambda: calls.append("ours")), rounds=3)
+    times = [0.5] * 3
+    assert result.seconds == {"ours": times, "ours again": times, "eager": [], "product": times}
+    assert result.extra == {"ours": 7, "product": 7}
+    assert calls[:4] == ["ours", "ours", "product", "product"]  # small, first, warm, memory
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        race.run(benchmark, case(no_room), rounds=3)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read on Linux")

@@ -41,6 +41,7 @@ from torch.nn.functional import normalize
 from idml_fast import (
     DistanceWeighted,
     Metric,
+    _blocks,
     losses,
     nearest,
     paired,
@@ -327,6 +328,20 @@ def test_ties_go_to_the_smaller_column(m, dtype):
         found = nearest(**inputs, k=k, metric=Metric.plain())
         expected = nearest(**inputs, k=k, metric=Metric.plain(), backend="reference")
         test_nearest.assert_identical(found, expected)
+
+
+@pytest.mark.parametrize("way", test_nearest.WAYS)
+def test_conditions_whole_and_in_blocks(way, monkeypatch):
+    inputs, options, (_, expected) = test_nearest.searched(way)
+    inputs = {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()}
+    options = on_device(options)
+    _, whole = nearest(**on_device(inputs), **options)
+    assert torch.equal(whole.cpu(), expected)
+    monkeypatch.setattr(_blocks, "BYTES", 1)
+    monkeypatch.setattr(_blocks, "MULTIPLE", 10)
+    arrays = {name: inputs[name].numpy() for name in ("sem2", "unc2", "labels2")}
+    _, in_blocks = nearest(**on_device(inputs) | arrays, **options)
+    assert torch.equal(in_blocks, whole)
 
 
 @two_sets_and_self
