@@ -36,17 +36,17 @@ gpu-check:
 		timeout --signal=INT --kill-after=5 $$limit "$$@" || failed="$$failed $$name"; \
 	}; \
 	step install 40 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .; \
-	step tests 150 $(PYTHON) -m pytest tests/test_gpu.py -m gpu -q -n auto --maxprocesses=16 \
+	step tests 130 $(PYTHON) -m pytest tests/test_gpu.py -m gpu -q -n auto --maxprocesses=16 \
 		--measured=$(RESULTS); \
 	if command -v $(SANITIZER) > /dev/null; then \
 		for tool in memcheck racecheck; do \
-			step $$tool 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+			step $$tool 38 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 				$(SANITIZER) --tool $$tool --error-exitcode 1 $(PYTHON) tests/sanitized.py; \
 		done; \
 	else \
 		echo "==== memcheck, racecheck: not done, there is no $(SANITIZER) here"; \
 	fi; \
-	step benchmarks 195 $(PYTHON) -m pytest bench/bench_gpu.py -q --benchmark-only \
+	step benchmarks 234 $(PYTHON) -m pytest bench/bench_gpu.py -q --benchmark-only \
 		--benchmark-quiet --check --record=$(RESULTS); \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
