@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import launch, parts
+from . import tile
 
 # The key of a pair that is not looked at, and of a place that has no column yet.
 NOTHING = tl.constexpr(-(2**31))
@@ -21,8 +21,11 @@ MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # all bits of a float32 but its sign; abov
 # The most that one program holds in its registers, of the best and of a chunk.
 MOST_BEST = 4096
 MOST_KEYS = 8192
-# Keys of a chunk that each thread of a warp holds.
+# Threads of a warp; it holds at least one key each, so that none is held twice.
+LANES = 32
+# How many keys a thread searches, and how many it then writes at a time.
 KEYS_PER_THREAD = 32
+STEP_PER_THREAD = 4
 
 
 def values_of(keys: Tensor) -> Tensor:  # any shape
@@ -47,8 +50,9 @@ def merge(
         place = place[:, :k].sort().values
         best_columns = torch.cat((best_columns, columns), 1).gather(1, place)
 
-    Nothing is sorted and nothing of n x m is allocated, unless k is beyond 4096, more than a program
-    holds: then it is done like that. A row of which no key is better than its k best is only read.
+    Nothing is sorted and nothing of n x m is allocated, unless k is above 4096, more than a program
+    holds: then it is done like that. A row none of whose keys is better than its k best is only
+    read.
 
     Args:
         keys: of the pairs of some rows and the next columns, see `ordered`; a pair that is not
@@ -63,20 +67,20 @@ def merge(
     if k > MOST_BEST:
         _merge_by_sorting(keys, best_keys, best_columns, first, scores, best_scores)
         return
-    for columns in parts(keys.shape[1], MOST_KEYS):
+    for columns in tile.parts(keys.shape[1], MOST_KEYS):
         part = keys[:, columns]
         part_scores = None if scores is None else scores[:, columns]
-        held = triton.next_power_of_2(max(k, part.shape[1]))
-        launch(
+        best, new = (max(LANES, triton.next_power_of_2(n)) for n in (k, part.shape[1]))
+        warps = max(1, max(best, new) // (KEYS_PER_THREAD * LANES))
+        tile.launch(
             merge_row,
             len(keys),
             keys.device,
             *(part, part.stride(0), part.shape[1]),
             *(best_keys, best_columns, k, first + columns.start),
-            *(part_scores, 0 if scores is None else scores.stride(0), best_scores),
-            triton.next_power_of_2(k),
-            triton.next_power_of_2(part.shape[1]),
-            num_warps=max(1, held // (32 * KEYS_PER_THREAD)),
+            *(part_scores, 0 if scores is None else part_scores.stride(0), best_scores),
+            *(best, new, STEP_PER_THREAD * LANES * warps),
+            num_warps=warps,
             num_stages=1,
         )
 
@@ -124,42 +128,73 @@ def reaching(best, new, bar):
 
 
 @triton.jit
-def take(keys, low, high, wanted):
-    """Which keys are taken, and into which place: all from ``high`` on, and the first ``wanted`` of
-    those from ``low`` to below it. And how many there are of these and of those."""
-    above = keys >= high
-    between = (keys >= low) & (keys < high)
-    # Both are counted in one scan, in the lower and in the upper half of an integer.
-    counts = tl.cumsum(above.to(tl.int32) + (between.to(tl.int32) << 16), 0)
-    nth_above = counts & 0xFFFF
-    nth_between = counts >> 16
-    taken = above | (between & (nth_between <= wanted))
-    places = nth_above + tl.minimum(nth_between, wanted) - 1
-    return taken, places, tl.max(nth_above, 0), tl.max(nth_between, 0)
+def put(
+    keys, columns, scores, count, low, high, taken, wanted, best_keys, best_columns, best_scores,
+    first, STEP: tl.constexpr,
+):  # fmt: skip
+    """Puts keys behind those that have been taken: all from ``high`` on, and the first ``wanted``
+    of those from ``low`` to below it. Returns how many have been taken and are still wanted.
+
+    Without ``columns`` they count from ``first``.
+    """
+    start = 0
+    while start < count:
+        items = start + tl.arange(0, STEP)
+        found = tl.load(keys + items, mask=items < count, other=NOTHING)
+        # Later chunks have few keys to be taken, and most steps none.
+        if tl.max(found, 0) >= low:
+            above = found >= high
+            between = (found >= low) & (found < high)
+            # Both are counted in one scan, in the lower and in the upper half of an integer.
+            counts = tl.cumsum(above.to(tl.int32) + (between.to(tl.int32) << 16), 0)
+            total = tl.max(counts, 0)
+            nth_above = counts & 0xFFFF
+            nth_between = counts >> 16
+            chosen = above | (between & (nth_between <= wanted))
+            places = taken + nth_above + tl.minimum(nth_between, wanted) - 1
+            if columns is None:
+                found_columns = first + items.to(tl.int64)
+            else:
+                found_columns = tl.load(columns + items, mask=chosen)
+            if scores is not None:
+                found_scores = tl.load(scores + items, mask=chosen)
+            # The best move up in their own memory: all of a step are read before any is written.
+            tl.debug_barrier()
+            tl.store(best_keys + places, found, mask=chosen)
+            tl.store(best_columns + places, found_columns, mask=chosen)
+            if scores is not None:
+                tl.store(best_scores + places, found_scores, mask=chosen)
+            taken += (total & 0xFFFF) + tl.minimum(total >> 16, wanted)
+            wanted = tl.maximum(wanted - (total >> 16), 0)
+        start += STEP
+    return taken, wanted
 
 
 @triton.jit
 def merge_row(
     keys, key_stride, count, best_keys, best_columns, k, first, scores, score_stride, best_scores,
-    BEST: tl.constexpr, NEW: tl.constexpr,
+    BEST: tl.constexpr, NEW: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """A row a program, see `merge`. It holds BEST >= k and NEW >= count keys."""
+    """A row a program, see `merge`. It searches BEST >= k and NEW >= count keys in its registers,
+    and reads them again, STEP at a time, to write them: so that it takes few registers."""
     row = tl.program_id(0).to(tl.int64)
     keys += row * key_stride
     best_keys += row * k
     best_columns += row * k
+    if scores is not None:
+        scores += row * score_stride
+        best_scores += row * k
     items = tl.arange(0, NEW)
     best_items = tl.arange(0, BEST)
-    best_there = best_items < k
     new = tl.load(keys + items, mask=items < count, other=NOTHING)
-    best = tl.load(best_keys + best_items, mask=best_there, other=NOTHING)
-    worst = tl.min(tl.where(best_there, best, MAGNITUDE), 0)
+    best = tl.load(best_keys + best_items, mask=best_items < k, other=NOTHING)
+    worst = tl.min(tl.where(best_items < k, best, MAGNITUDE), 0)
     top = tl.max(new, 0)
     if top > worst:
         # At least k keys, or all that there are, reach `low`; less than k reach `high`. They close
         # in on the k-th largest, until exactly k reach `low` or nothing is between them.
-        low_of_best = tl.min(tl.where(best > NOTHING, best, top), 0)
-        low = tl.minimum(low_of_best, tl.min(tl.where(new > worst, new, top), 0))
+        low = tl.min(tl.where(best > NOTHING, best, top), 0)
+        low = tl.minimum(low, tl.min(tl.where(new > worst, new, top), 0))
         high = tl.maximum(tl.max(best, 0), top) + 1
         reach_low = reaching(best, new, low)
         reach_high = 0
@@ -173,24 +208,13 @@ def merge_row(
                 high = middle
                 reach_high = reach
 
-        # Of those in between, all equal if there are too many, the first are taken.
+        taken = 0
         wanted = k - reach_high
-        kept, kept_places, above, between = take(best, low, high, wanted)
-        left = tl.maximum(wanted - between, 0)
-        taken, places, _, _ = take(new, low, high, left)
-        places += above + wanted - left
-        columns = tl.load(best_columns + best_items, mask=kept)
-        if scores is not None:
-            scores += row * score_stride
-            best_scores += row * k
-            new_scores = tl.load(scores + items, mask=taken)
-            kept_scores = tl.load(best_scores + best_items, mask=kept)
-        # All of the best are read before the first of them is written.
-        tl.debug_barrier()
-        tl.store(best_keys + kept_places, best, mask=kept)
-        tl.store(best_keys + places, new, mask=taken)
-        tl.store(best_columns + kept_places, columns, mask=kept)
-        tl.store(best_columns + places, tl.cast(first, tl.int64) + items, mask=taken)
-        if scores is not None:
-            tl.store(best_scores + kept_places, kept_scores, mask=kept)
-            tl.store(best_scores + places, new_scores, mask=taken)
+        taken, wanted = put(
+            best_keys, best_columns, best_scores, k, low, high, taken, wanted,
+            best_keys, best_columns, best_scores, None, STEP,
+        )  # fmt: skip
+        put(
+            keys, None, scores, count, low, high, taken, wanted,
+            best_keys, best_columns, best_scores, first, STEP,
+        )  # fmt: skip
