@@ -228,7 +228,9 @@ def test_negative_columns_of_the_backward_are_no_pairs():
     upstream = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     missing = torch.arange(100) % 3 == 0
     kept = ~missing
-    expected = BACKWARD_OP(upstream[kept], *operands, rows[kept], cols[kept], "cpu", wanted=[True] * 5)
+    expected = BACKWARD_OP(
+        upstream[kept], *operands, rows[kept], cols[kept], "cpu", wanted=[True] * 5
+    )
     upstream[missing] = math.nan
     cols[missing] = -1
     found = BACKWARD_OP(upstream, *operands, rows, cols, "cpu", wanted=[True] * 5)

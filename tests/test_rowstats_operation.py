@@ -66,7 +66,9 @@ def test_opcheck_of_the_backward(wanted, workspace, m):
     leaves = (*found[:4], found[6])
     wanted = [w and x is not None for w, x in zip(wanted, leaves, strict=True)]
     upstream = torch.randn(values.shape, generator=torch.Generator().manual_seed(0))
-    torch.library.opcheck(BACKWARD_OP, (upstream, state, kept, *found[:-1], "cpu"), {"wanted": wanted})
+    torch.library.opcheck(
+        BACKWARD_OP, (upstream, state, kept, *found[:-1], "cpu"), {"wanted": wanted}
+    )
 
 
 @two_sets_and_self

@@ -1,7 +1,8 @@
-"""The one table of configurations, and the precision of float32 products."""
+"""The one table of configurations, and how float32 is multiplied."""
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
@@ -10,17 +11,88 @@ from idml_fast import backend
 
 
 class Config(NamedTuple):
-    """How a tile is walked."""
+    """How a tile of pairs is walked."""
 
     rows: int  # of a tile
-    cols: int  # of a tile; as many, or a fraction of it
-    width: int  # features at a time
+    cols: int  # of a tile: as many, or a fraction of it
+    width: int  # features at a time, or fewer if the embeddings have fewer
     warps: int
     stages: int  # how many steps are loaded ahead
 
 
+class Configs(NamedTuple):
+    """Those for one kind of products on one architecture."""
+
+    forward: Config
+    backward: Config
+    # Of rows against themselves, whose tiles stand for two: it holds more in registers.
+    mirrored_backward: Config
+
+
+# By the kind of products ("half" for bfloat16 and float16, else the precision of float32), the
+# width of the embeddings (the least of these that is enough, else the last) and the architecture:
+# 80 for the A100; 86 for the other chips of Ampere, for Ada and for the consumer chips of
+# Blackwell, which have less shared memory; 90 for Hopper; 100 for Blackwell. 0 is Triton's
+# interpreter: small tiles, of which a small problem has many.
+KINDS = ("half", *backend.PRECISIONS)
+WIDTHS = (64, 128, 512)
+ARCHITECTURES = (80, 86, 90, 100)
+INTERPRETED = Configs(*[Config(16, 16, 16, 4, 1)] * 3)
+
+
+def _configs(kind: str, width: int, architecture: int) -> Configs:
+    """Tiles that leave the registers without spills, or with few."""
+    step = 64 if kind == "half" else 32
+    stages = 2 if width <= 2 * step else 3  # few steps need not be loaded far ahead
+    large = Config(128, 64, step, 8, stages)
+    small = Config(128, 32, step, 8, stages)
+    if kind == "half" or architecture >= 90:
+        small = Config(64, 64, step, 8, stages)
+    return Configs(forward=large, backward=large, mirrored_backward=small)
+
+
+TABLE: dict[tuple[str, int, int], Configs] = {
+    (kind, width, architecture): _configs(kind, width, architecture)
+    if architecture
+    else INTERPRETED
+    for kind in KINDS
+    for width in WIDTHS
+    for architecture in (0, *ARCHITECTURES)
+}
+
+
+def config_of(
+    purpose: str, width: int, dtype: torch.dtype, precision: str, device: torch.device
+) -> Config:
+    """The configuration for one of the purposes that `Configs` names.
+
+    With ``IDML_FAST_AUTOTUNE=1`` it is searched for first, once a process, and the row that the
+    table should have is printed.
+    """
+    kind = precision if dtype == torch.float32 else "half"
+    least = next((x for x in WIDTHS if x >= width), WIDTHS[-1])
+    key = kind, least, architecture_of(device)
+    if os.environ.get("IDML_FAST_AUTOTUNE") == "1":
+        from .autotune import search
+
+        search(key, purpose, width, dtype, device)
+    config = getattr(TABLE[key], purpose)
+    narrow = 1 << max(width - 1, 15).bit_length()  # the least that a product takes is 16
+    return config._replace(width=min(config.width, narrow))
+
+
+def architecture_of(device: torch.device) -> int:
+    """The row of the table for a device; 0 for the interpreter."""
+    if device.type == "cpu":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is not None or major >= 12 or (major == 8 and minor > 0):
+        return 86
+    return min(major, 10) * 10
+
+
 def precision_of(dtype: torch.dtype) -> str:
-    """The `input_precision` of Triton's products; matters for float32 only."""
+    """The `input_precision` of Triton's products, which matters for float32 only."""
     if dtype != torch.float32:
         return "ieee"
     if backend.precision is not None:
@@ -29,9 +101,12 @@ def precision_of(dtype: torch.dtype) -> str:
 
 
 def near_of(dtype: torch.dtype, precision: str) -> float:
-    """The share of ||x||^2 + ||y||^2 below which a square is taken from differences."""
-    return 2.0**-8
+    """The share of ||x||^2 + ||y||^2 below which a square is taken from differences.
 
-
-def config_of(width: int, dtype, precision: str, device: torch.device) -> Config:
-    return Config(128, 128, 64, 8, 3) if device.type == "cuda" else Config(32, 16, 16, 4, 1)
+    Products of bfloat16 and float16 are exact in float32: a square of 2^-14 of the scale still has
+    an error of 2^-9 of itself, as much as the rounding of bfloat16. An error of 2^-23 leaves 2^-15
+    of a square, and one of tf32, 2^-11, 2^-5.
+    """
+    if dtype != torch.float32:
+        return 2.0**-14
+    return 2.0**-6 if precision == "tf32" else 2.0**-8

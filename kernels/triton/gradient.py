@@ -57,18 +57,18 @@ def collect(
     multiplied = [row.multiplied or col.multiplied for row, col in zip(rows, cols, strict=True)]
     # Half of the workspace is for the weights, half for what the products add up to.
     pair = max(1, sum(multiplied)) * walk.dtype.itemsize
-    side = walk.side(pair, backend.workspace // 2)
-    pairs = min(side, walk.shape[0]) * min(side, walk.shape[1])
+    height, width = walk.sides(pair, backend.workspace // 2)
+    pairs = min(height, walk.shape[0]) * min(width, walk.shape[1])
     memory = [sem.new_empty(pairs) if used else None for used in multiplied]
     of_tiles = []
-    for chunk in walk.chunks(side):
+    for chunk in walk.chunks(height, width):
         n, m = chunk.shape
         of_chunk = [None if x is None else x[: n * m].view(n, m) for x in memory]
-        height, width = walk.tiles(n, m)
-        row_sums = [row.sums_of_tiles(walk, chunk, width, n) for row in rows]
+        row_tiles, col_tiles = walk.tiles(n, m)
+        row_sums = [row.sums_of_tiles(walk, chunk, col_tiles, n) for row in rows]
         col_sums = row_sums
         if not chunk.triangle:
-            col_sums = [col.sums_of_tiles(walk, chunk, height, m) for col in cols]
+            col_sums = [col.sums_of_tiles(walk, chunk, row_tiles, m) for col in cols]
         mirrored = 1 if chunk.triangle else None
         outputs = *of_chunk, m, mirrored, *row_sums, n, *col_sums, m, None
         if of_metric:

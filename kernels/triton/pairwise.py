@@ -23,7 +23,7 @@ def forward(
     """The scores; rows against themselves fill both triangles from the upper one."""
     walk = Walk(sem, unc, sem2, unc2, *metric)
     scores = sem.new_empty(walk.shape)
-    for chunk in walk.chunks(max(*walk.shape, 1)):
+    for chunk in walk.chunks(*[max(*walk.shape, 1)] * 2):  # one, of all
         walk.launch(chunk, store, (scores, scores.stride(0)))
     return scores
 
@@ -39,7 +39,7 @@ def backward(
     wanted: list[bool],
 ) -> list[Tensor]:
     """The gradients of those operands that are wanted."""
-    walk = Walk(sem, unc, sem2, unc2, *metric)
+    walk = Walk(sem, unc, sem2, unc2, *metric, backward=True)
     return collect(walk, metric, wanted, load_upstream, (upstream, *upstream.stride()))
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -60,9 +59,9 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     items = _items(walk, labels, labels2, bounds)
     results = state, values, integers, len(labels)
     # A quarter of the workspace: these chunks are large enough.
-    side = walk.side(4 * len(state) / walk.config.cols, backend.workspace // 4)
+    sides = walk.sides(4 * len(state) / walk.config.cols, backend.workspace // 4)
     started = set()
-    for chunk in walk.chunks(side):
+    for chunk in walk.chunks(*sides):
         n, m = chunk.shape
         height, width = walk.tiles(n, m)
         if width == 1 and m == walk.shape[1] and not walk.symmetric:
@@ -111,7 +110,7 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of those operands that are wanted."""
     labels, labels2, bounds, *description = arguments[8:15]
-    walk = Walk(*arguments[:8])
+    walk = Walk(*arguments[:8], backward=True)
     statistics, numbers = _described(*description[:4])
     items = _items(walk, labels, labels2, bounds)
     learned = upstream.contiguous(), state, len(labels)
@@ -224,7 +223,9 @@ def bounds_of(bounds, stride, row: tl.constexpr, items, there):
 
 
 @triton.jit
-def look(x, same, there, items, items_there, bounds, stride, STATISTICS: tl.constexpr, k: tl.constexpr):
+def look(
+    x, same, there, items, items_there, bounds, stride, STATISTICS: tl.constexpr, k: tl.constexpr
+):
     """Which pairs a statistic looks at. No window hides a NaN."""
     where: tl.constexpr = STATISTICS[k * FIELDS + WHERE]
     above: tl.constexpr = STATISTICS[k * FIELDS + ABOVE]
@@ -280,7 +281,9 @@ def reduce_statistic(
     elif reduction == "count":
         a = tl.sum(looked.to(tl.float32), 1)
     elif reduction == "hinge":
-        threshold = bounds_of(bounds, bounds_stride, STATISTICS[k * FIELDS + THRESHOLD], items, items_there)
+        threshold = bounds_of(
+            bounds, bounds_stride, STATISTICS[k * FIELDS + THRESHOLD], items, items_there
+        )
         excess = tl.where(looked, scale * (x - threshold), 0.0)
         a = tl.sum(tl.where(excess < 0, 0.0, excess), 1)
         b = tl.sum((excess > 0).to(tl.float32), 1)
@@ -335,7 +338,15 @@ def keep(
 
 @triton.jit
 def finish(
-    a, b, items, there, numbers, results, STATISTICS: tl.constexpr, k: tl.constexpr, bin: tl.constexpr
+    a,
+    b,
+    items,
+    there,
+    numbers,
+    results,
+    STATISTICS: tl.constexpr,
+    k: tl.constexpr,
+    bin: tl.constexpr,
 ):
     """Writes the state of some items and the results that it stands for."""
     state, values, integers, count = results
@@ -420,7 +431,9 @@ def add_log_sum_exp(top, total, tops, totals, scale):
     found = tl.max(tl.where(totals == 0, float("-inf"), sign * tops), 0)
     found = tl.where(before > found, before, found)
     terms = tl.where(
-        sign * tops == found[None, :], totals, totals * tl.exp(scale * (tops - sign * found[None, :]))
+        sign * tops == found[None, :],
+        totals,
+        totals * tl.exp(scale * (tops - sign * found[None, :])),
     )
     terms = tl.where(totals == 0, 0.0, terms)
     fade = tl.where(before == found, 1.0, tl.exp(tl.abs(scale) * (before - found)))
@@ -508,7 +521,9 @@ def derivatives(
     elif reduction == "sum":
         found += incoming
     elif reduction == "hinge":
-        threshold = bounds_of(bounds, bounds_stride, STATISTICS[k * FIELDS + THRESHOLD], items, items_there)
+        threshold = bounds_of(
+            bounds, bounds_stride, STATISTICS[k * FIELDS + THRESHOLD], items, items_there
+        )
         excess = scale * (x - threshold)
         found = tl.where(excess > 0, incoming * scale, tl.where(excess <= 0, 0.0, excess))
     elif reduction == "histogram":

@@ -67,6 +67,7 @@ class Walk:
         learned: Tensor | None,  # [2]
         form: str,
         *,
+        backward: bool = False,
         mirrored: bool = True,
     ) -> None:
         self.own = sem2 is None
@@ -80,7 +81,12 @@ class Walk:
         self.device, self.dtype = sem.device, sem.dtype
         self.widths = sem.shape[1], max(0 if x is None else x.shape[1] for x in (unc, unc2))
         self.precision = configs.precision_of(sem.dtype)
-        self.config = configs.config_of(max(self.widths), sem.dtype, self.precision, sem.device)
+        purpose = "forward"
+        if backward:
+            purpose = "mirrored_backward" if self.symmetric else "backward"
+        self.config = configs.config_of(
+            purpose, max(self.widths), sem.dtype, self.precision, sem.device
+        )
         self.few = math.prod(self.tiles(*self.shape)) <= FEW_TILES
         given = (sem, unc) if self.own else self.embeddings
         measured = [embedding(x) for x in given] if self.few else _with_norms(*given)
@@ -90,19 +96,29 @@ class Walk:
         """How many tiles so many rows and columns have, in each direction."""
         return triton.cdiv(rows, self.config.rows), triton.cdiv(cols, self.config.cols)
 
-    def chunks(self, height: int, width: int | None = None) -> Iterator[Chunk]:
+    def chunks(self, height: int, width: int) -> Iterator[Chunk]:
         """All pairs, rows after rows, in chunks of at most so many rows and columns.
 
-        Both are multiples of a tile's rows; there are as many columns if ``width`` is not given.
+        Both are multiples of a tile's rows, and equal in a symmetric walk.
         """
         for rows in parts(self.shape[0], height):
-            for cols in parts(self.shape[1], width or height, rows.start if self.symmetric else 0):
+            for cols in parts(self.shape[1], width, rows.start if self.symmetric else 0):
                 yield Chunk(rows, cols, self.symmetric and rows == cols)
 
-    def side(self, bytes_per_pair: float, limit: int) -> int:
-        """The longest side of chunks that take so many bytes a pair and stay under a limit."""
+    def sides(self, bytes_per_pair: float, limit: int) -> tuple[int, int]:
+        """The height and width of the largest chunks with so many bytes a pair within a limit.
+
+        They are square, which needs the fewest of both, unless there are too few rows or columns.
+        """
         block = self.config.rows
-        return max(math.isqrt(int(limit / bytes_per_pair)) // block * block, block)
+        pairs = int(limit / bytes_per_pair)
+        rows, cols = (triton.cdiv(count, block) * block for count in self.shape)
+        if self.symmetric and rows * cols > pairs:
+            rows = cols = math.isqrt(pairs)
+        height = min(rows, max(math.isqrt(pairs), pairs // max(cols, 1)))
+        height = max(height // block * block, block)
+        width = min(cols, pairs // height)
+        return height, max(width // block * block, block)
 
     def programs(self, chunk: Chunk) -> int:
         """How many programs take the tiles of a chunk, see `place_of_tile`."""
