@@ -46,7 +46,7 @@ def pairwise(
     the cosine forms) and carries no gradient. Near-duplicates are computed from their differences,
     so that the relative error of an alpha stays below 128 times that of the products' accumulation.
     That is slow: a batch of near-duplicates only (cosines above 0.998) takes about 20 times longer.
-    The same input gives the same bits, for one number of threads.
+    The same input gives the same bits, for one number of threads or on one GPU.
 
     Args:
         sem, sem2: semantic embeddings; float32, float64, bfloat16 or float16, of any strides.
