@@ -108,9 +108,11 @@ def _refusal_of_dtype(dtype: torch.dtype) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _refusal_of_gpu(index: int | None) -> str | None:
-    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+    # torch.compile cannot trace a look at the GPU. What it compiles has mostly run before.
+    if torch.compiler.is_compiling() or torch.version.hip is not None:
+        return None
+    if torch.cuda.get_device_capability(index) < (8, 0):
         return "it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or newer"
     return None
 

@@ -5,7 +5,8 @@ or a fraction of them, so that rows against themselves can take the upper triang
 of tiles, and a tile beside the diagonal stands for its mirror image too.
 
 Kernels take an embedding as a tuple: its memory, the strides of items and of features, and its
-squared norms, None if every tile takes them itself. Four times None stands for zeros.
+squared norms, None if every tile takes them itself. Four times None stands for zeros. Offsets within
+a tile are of 32 bits, so that a stride may be 2^24 at the most; all others are of 64.
 """
 
 from __future__ import annotations
@@ -310,10 +311,9 @@ def dot_products(
 @triton.jit
 def store_tile(values, memory, row_stride, row, col, there):
     """Writes a tile where it belongs in a matrix."""
-    rows = tl.arange(0, values.shape[0])[:, None]
-    cols = tl.arange(0, values.shape[1])[None, :]
-    corner = memory + row.to(tl.int64) * row_stride + col
-    tl.store(corner + rows * row_stride + cols, values, mask=there)
+    rows = row + tl.arange(0, values.shape[0]).to(tl.int64)
+    cols = col + tl.arange(0, values.shape[1])
+    tl.store(memory + rows[:, None] * row_stride + cols[None, :], values, mask=there)
 
 
 @triton.jit
