@@ -219,10 +219,6 @@ def weigh(
         alpha2, beta2, versine, inverse_row[:, None], inverse_col[None, :], metric, FORM
     )
     there = row_there[:, None] & col_there[None, :]
-    # A tile on the diagonal has both (i, j) and (j, i): it counts for its rows alone.
-    both = on_diagonal == 0
-    if not SYMMETRIC:
-        both = on_diagonal | True
     if sem_weights is not None:
         product = tl.where(there, incoming * product, 0.0).to(sem_weights.dtype.element_ty)
         store_weights(product, sem_weights, stride, mirrored, place, there)
@@ -232,17 +228,19 @@ def weigh(
         else:
             row = tl.where(there, incoming * row, 0.0)
             col = tl.where(there, incoming * col, 0.0)
-        store_sums(row, col, sem_rows, rows_stride, sem_cols, cols_stride, place, both)
+        store_sums(row, col, sem_rows, rows_stride, sem_cols, cols_stride, place, SYMMETRIC)
     if unc_rows is not None or unc_cols is not None:
         sum = tl.where(there, incoming * sum, 0.0)
         if unc_weights is not None:
             rounded = sum.to(unc_weights.dtype.element_ty)
             store_weights(rounded, unc_weights, stride, mirrored, place, there)
             sum = rounded.to(tl.float32)
-        store_sums(sum, sum, unc_rows, rows_stride, unc_cols, cols_stride, place, both)
+        store_sums(sum, sum, unc_rows, rows_stride, unc_cols, cols_stride, place, SYMMETRIC)
     if of_tiles is not None:
         of_gamma = tl.where(there, incoming * of_gamma, 0.0)
-        share = tl.where(both, 1.0, 0.5)
+        share = 1.0
+        if SYMMETRIC:  # a tile on the diagonal has both (i, j) and (j, i)
+            share = tl.where(on_diagonal, 0.5, 1.0)
         tl.store(of_tiles + 2 * program, share * tl.sum(of_gamma))
         tl.store(of_tiles + 2 * program + 1, share * tl.sum(of_gamma * uncertainty))
 
@@ -260,9 +258,10 @@ def store_weights(values, memory, stride, mirrored, place, there):
 
 
 @triton.jit
-def store_sums(row, col, rows, rows_stride, cols, cols_stride, place, both):
-    """Writes the sums of a tile's rows, and those of its columns."""
-    _, _, row_there, col_there, tile_row, tile_col, _, _ = place
+def store_sums(row, col, rows, rows_stride, cols, cols_stride, place, SYMMETRIC: tl.constexpr):
+    """Writes the sums of a tile's rows, and those of its columns; not if these are rows of the same
+    tiles on the diagonal."""
+    _, _, row_there, col_there, tile_row, tile_col, _, on_diagonal = place
     if rows is not None:
         items = tile_row * row.shape[0] + tl.arange(0, row.shape[0])
         to = rows + tile_col.to(tl.int64) * rows_stride + items
@@ -270,7 +269,9 @@ def store_sums(row, col, rows, rows_stride, cols, cols_stride, place, both):
     if cols is not None:
         items = tile_col * row.shape[1] + tl.arange(0, row.shape[1])
         to = cols + tile_row.to(tl.int64) * cols_stride + items
-        tl.store(to, tl.sum(col, 0), mask=col_there & both)
+        if SYMMETRIC:
+            col_there = col_there & (on_diagonal == 0)
+        tl.store(to, tl.sum(col, 0), mask=col_there)
 
 
 @triton.jit

@@ -35,7 +35,7 @@ TILES = tl.constexpr(32)
 
 
 # What kernels are compiled for: these fields of each statistic, one statistic after the other.
-FIELDS = tl.constexpr(10)
+FIELDS = tl.constexpr(11)
 REDUCTION = tl.constexpr(0)
 WHERE = tl.constexpr(1)
 POWER = tl.constexpr(2)
@@ -46,6 +46,7 @@ BELOW = tl.constexpr(6)
 VALUE = tl.constexpr(7)  # first rows of the values and of the integers; -1 for none
 INTEGER = tl.constexpr(8)
 STATE = tl.constexpr(9)  # first row of the state
+SECOND = tl.constexpr(10)  # whether it has a second number there
 
 
 def forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -84,7 +85,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
                 walk.device,
                 numbers,
                 *(of_tiles, len(of_tiles), len(state), part.start, part.stop, results),
-                *(int(part.start in started), statistics),
+                *(part.start in started, statistics),
                 num_warps=4,
                 num_stages=1,
             )
@@ -94,7 +95,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
             combine,
             triton.cdiv(len(labels), ITEMS.value),
             walk.device,
-            *(numbers, state, 0, len(state), 0, len(labels), results, 0, statistics),
+            *(numbers, state, 0, len(state), 0, len(labels), results, False, statistics),
             num_warps=4,
             num_stages=1,
         )
@@ -129,7 +130,8 @@ def _described(
     for k, (reduction, where) in enumerate(zip(reductions, wheres, strict=True)):
         bins, *place = integers[k * len(INTEGERS) : (k + 1) * len(INTEGERS)]
         power, *others = numbers[k * len(NUMBERS) : (k + 1) * len(NUMBERS)]
-        fields += [reduction, where, power, bins, *place, state]
+        second = reduction in ("log_sum_exp", "hinge", "extremum")
+        fields += [reduction, where, power, bins, *place, state, second]
         of_each.append(tuple(others))
         state += state_rows(reduction, bins)
     return tuple(fields), tuple(of_each)
@@ -326,7 +328,7 @@ def keep(
     if memory is not None:
         memory += (STATISTICS[k * FIELDS + STATE] + bin) * stride
         tl.store(memory, a, mask=there)
-        if reduction == "log_sum_exp" or reduction == "hinge" or reduction == "extremum":
+        if STATISTICS[k * FIELDS + SECOND]:
             tl.store(memory + stride, b, mask=there)
     else:
         if reduction == "extremum":
@@ -356,7 +358,7 @@ def finish(
     scale, shift, _, _ = numbers
     state += (STATISTICS[k * FIELDS + STATE] + bin) * count + items
     tl.store(state, a, mask=there)
-    if reduction == "log_sum_exp" or reduction == "hinge" or reduction == "extremum":
+    if STATISTICS[k * FIELDS + SECOND]:
         tl.store(state + count, b, mask=there)
     if reduction == "log_sum_exp":
         top = scale * (a.to(tl.float32) - shift)
@@ -374,8 +376,9 @@ def finish(
 
 @triton.jit
 def combine(
-    numbers, of_tiles, tiles, state_rows, first, last, results, continues, STATISTICS: tl.constexpr
-):
+    numbers, of_tiles, tiles, state_rows, first, last, results, CONTINUES: tl.constexpr,
+    STATISTICS: tl.constexpr,
+):  # fmt: skip
     """Puts together what the tiles of a chunk know of its items, with what was known before."""
     local = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
     items = first + local
@@ -385,32 +388,33 @@ def combine(
         for bin in tl.static_range(STATISTICS[k * FIELDS + BINS] + 1):
             combine_statistic(
                 numbers[k], of_tiles, tiles, state_rows, count, local, items, there, results,
-                continues, STATISTICS, k, bin,
+                CONTINUES, STATISTICS, k, bin,
             )  # fmt: skip
 
 
 @triton.jit
 def combine_statistic(
-    numbers, of_tiles, tiles, state_rows, count, local, items, there, results, continues,
-    STATISTICS: tl.constexpr, k: tl.constexpr, bin: tl.constexpr,
+    numbers, of_tiles, tiles, state_rows, count, local, items, there, results,
+    CONTINUES: tl.constexpr, STATISTICS: tl.constexpr, k: tl.constexpr, bin: tl.constexpr,
 ):  # fmt: skip
     """One statistic of `combine`, or one bin of a histogram."""
     reduction: tl.constexpr = STATISTICS[k * FIELDS + REDUCTION]
     scale = numbers[0]
     state = results[0]
     row = STATISTICS[k * FIELDS + STATE] + bin
-    known = there & (continues != 0)
-    a = tl.load(state + row * results[3] + items, mask=known, other=0)
+    a = tl.zeros((ITEMS,), tl.float64)
     b = tl.zeros((ITEMS,), tl.float64)
-    if reduction == "log_sum_exp" or reduction == "hinge" or reduction == "extremum":
-        b = tl.load(state + (row + 1) * results[3] + items, mask=known, other=0)
+    if CONTINUES:
+        a = tl.load(state + row * results[3] + items, mask=there, other=0)
+        if STATISTICS[k * FIELDS + SECOND]:
+            b = tl.load(state + (row + 1) * results[3] + items, mask=there, other=0)
     tile = tl.arange(0, TILES)
     while tl.min(tile) < tiles:
         place = (tile[:, None].to(tl.int64) * state_rows + row) * count + local[None, :]
         mask = (tile < tiles)[:, None] & there[None, :]
         more_a = tl.load(of_tiles + place, mask=mask, other=0)
         more_b = more_a
-        if reduction == "log_sum_exp" or reduction == "hinge" or reduction == "extremum":
+        if STATISTICS[k * FIELDS + SECOND]:
             more_b = tl.load(of_tiles + place + count, mask=mask, other=0)
         if reduction == "log_sum_exp":
             a, b = add_log_sum_exp(a, b, more_a, more_b, scale)
