@@ -269,9 +269,12 @@ def store_sums(row, col, rows, rows_stride, cols, cols_stride, place, SYMMETRIC:
     if cols is not None:
         items = tile_col * row.shape[1] + tl.arange(0, row.shape[1])
         to = cols + tile_row.to(tl.int64) * cols_stride + items
+        found = tl.sum(col, 0)
         if SYMMETRIC:
-            col_there = col_there & (on_diagonal == 0)
-        tl.store(to, tl.sum(col, 0), mask=col_there)
+            if not on_diagonal:
+                tl.store(to, found, mask=col_there)
+        else:
+            tl.store(to, found, mask=col_there)
 
 
 @triton.jit
