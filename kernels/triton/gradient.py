@@ -87,7 +87,7 @@ def collect(
         found = [x.zero_() for x in found]
     if of_metric:
         sums = torch.cat([sem.new_zeros(1, 2, dtype=torch.float32), *of_tiles]).double().sum(0)
-        found.append(_metric_gradient(sums, metric))
+        found.append(metric_gradient(sums, metric))
     return found
 
 
@@ -193,7 +193,7 @@ def _finish(walk: Walk, chunk: Chunk, rows: list[Gradient], cols: list[Gradient]
     )
 
 
-def _metric_gradient(sums: Tensor, metric: tuple[Any, ...]) -> Tensor:  # [2] -> [2]
+def metric_gradient(sums: Tensor, metric: tuple[Any, ...]) -> Tensor:  # [2] -> [2]
     """The gradient of [tau, gamma] from the sums of of_gamma and of that times the uncertainty."""
     learned = metric[2]
     tau, gamma = learned.double()
