@@ -180,12 +180,12 @@ def _block(width: int, most: int) -> tuple[int, int]:
 def load_features(x, items, there, features, WIDTH: tl.constexpr):
     """Some features of some items; 0 where there are none."""
     memory, item_stride, feature_stride, _ = x
-    if memory is None:
-        return tl.zeros((items.shape[0], features.shape[0]), tl.float32)
-    else:
+    found = tl.zeros((items.shape[0], features.shape[0]), tl.float32)
+    if memory is not None:
         place = items[:, None] * item_stride + features[None, :].to(tl.int64) * feature_stride
         mask = there[:, None] & (features < WIDTH)[None, :]
-        return tl.load(memory + place, mask=mask, other=0).to(tl.float32)
+        found = tl.load(memory + place, mask=mask, other=0).to(tl.float32)
+    return found
 
 
 @triton.jit
