@@ -31,7 +31,7 @@ from triton.runtime.jit import JITFunction
 from idml_fast import backend, stats
 from idml_fast.rowstats import describe
 
-from . import configs, nearest, pairwise, rowstats
+from . import configs, nearest, paired, pairwise, rowstats
 
 # Bytes of shared memory that a block may have.
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -213,11 +213,18 @@ def _nearest(dtype: torch.dtype, *arguments: Any) -> None:
     nearest.forward(*_inputs(dtype, *arguments), *options)
 
 
+def _paired(dtype: torch.dtype, *arguments: Any) -> None:
+    operands = _inputs(dtype, *arguments)
+    index = torch.empty(2, ITEMS, dtype=torch.int64, device="meta")
+    scores = paired.forward(*operands, *index)
+    paired.backward(scores, *operands, *index, wanted=_wanted(operands))
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     f"{call.__name__[1:]}, {'two sets' if two_sets else 'self'}, {form}": (
         lambda dtype, call=call, two_sets=two_sets, form=form: call(dtype, two_sets, form)
     )
-    for call in (_pairwise, _rowstats, _nearest)
+    for call in (_pairwise, _rowstats, _nearest, _paired)
     for two_sets in (True, False)
     for form in ("distance", "cosine")
 }

@@ -5,8 +5,8 @@ or a fraction of them, so that rows against themselves can take the upper triang
 of tiles, and a tile beside the diagonal stands for its mirror image too.
 
 Kernels take an embedding as a tuple: its memory, the strides of items and of features, and its
-squared norms, None if every tile takes them itself. Four times None stands for zeros. Offsets within
-a tile are of 32 bits, so that a stride may be 2^24 at the most; all others are of 64.
+squared norms, None if every tile takes them itself. Four times None stands for zeros. Offsets
+within a tile are of 32 bits, so that a stride may be 2^24 at the most; all others are of 64.
 """
 
 from __future__ import annotations
