@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from idml_fast._cpu import tile
 from torch import Tensor
+
+# Triton's interpreter runs its kernels on the CPU. It is for the whole process, since idml_fast
+# reads this when it is imported, and Triton when it meets a kernel. Where there is a GPU the
+# kernels are compiled for it: tests/test_gpu.py is theirs there.
+if torch.cuda.is_available():
+    collect_ignore_glob = ["test_triton*.py"]
+else:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from idml_fast._cpu import tile
 
 import idml_fast
 from idml_fast import Metric
@@ -36,6 +47,41 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FOLDER",
         help="write what tests/test_gpu.py measures into this folder, as JSON",
     )
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[None]:
+    """Triton's interpreter, mended: it keeps bfloat16 as the integers of its bits, which it would
+    multiply as integers, and cuts off what a rounding to bfloat16 should round to the nearest."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def convert(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
+        bits = torch.from_numpy(np.ascontiguousarray(data))
+        if dtype == tl.bfloat16:
+            return bits.bfloat16().view(torch.uint16).numpy()
+        return bits.view(torch.bfloat16).float().numpy()
+
+    create_dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def mended_dot(self: Any, a: TensorHandle, b: TensorHandle, *others: Any) -> TensorHandle:
+        wide = [
+            TensorHandle(convert(x.data, tl.float32), tl.float32)
+            if x.dtype.scalar == tl.bfloat16
+            else x
+            for x in (a, b)
+        ]
+        return create_dot(self, *wide, *others)
+
+    def mended_cast(self: Any, x: TensorHandle, dtype: tl.dtype) -> TensorHandle:
+        if {x.dtype.scalar, dtype.scalar} == {tl.float32, tl.bfloat16}:
+            return TensorHandle(convert(x.data, dtype.scalar), dtype.scalar)
+        return cast(self, x, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", mended_dot)
+        patch.setattr(InterpreterBuilder, "cast_impl", mended_cast)
+        yield
 
 
 @pytest.fixture
@@ -81,11 +127,15 @@ def evaluate(
     upstream: Tensor | None = None,  # [N, M]; None: no gradients
     backend: str | None = None,
 ) -> dict[str, Tensor]:
-    """The scores, and the gradient of every input under ``grad_<name>``."""
+    """The scores, and the gradient of every input, and of every tensor in the metric, under
+    ``grad_<name>``."""
+    given = inputs | {"tau": metric.tau, "gamma": metric.gamma}
     leaves = {
-        k: x.detach().requires_grad_() if isinstance(x, Tensor) else x for k, x in inputs.items()
+        k: x.detach().requires_grad_() if isinstance(x, Tensor) else x for k, x in given.items()
     }
-    scores = idml_fast.pairwise(**leaves, metric=metric, backend=backend)
+    metric = dataclasses.replace(metric, tau=leaves["tau"], gamma=leaves["gamma"])
+    embeddings = {k: leaves[k] for k in inputs}
+    scores = idml_fast.pairwise(**embeddings, metric=metric, backend=backend)
     found = {"scores": scores.detach()}
     if upstream is not None:
         given = [k for k, x in leaves.items() if isinstance(x, Tensor)]

@@ -271,9 +271,9 @@ MISTAKES = {
         "backend must be one of 'cuda', 'triton', 'cpu', 'reference', got 'gpu'",
     ),
     "backend without a kernel": (
-        pairs(backend="triton"),
+        pairs(backend="cuda"),
         RuntimeError,
-        "backend 'triton' cannot serve pairwise here: it has no kernel for this operation yet",
+        "backend 'cuda' cannot serve pairwise here: it has no kernel for this operation yet",
     ),
     "backend of rowstats unknown": (
         stats(backend="gpu"),
@@ -281,9 +281,9 @@ MISTAKES = {
         "backend must be one of 'cuda', 'triton', 'cpu', 'reference', got 'gpu'",
     ),
     "backend of paired without a kernel": (
-        listed(backend="triton"),
+        listed(backend="cuda"),
         RuntimeError,
-        "backend 'triton' cannot serve paired here: it has no kernel for this operation yet",
+        "backend 'cuda' cannot serve paired here: it has no kernel for this operation yet",
     ),
     # ----------------------------------------------------------------------------- rowstats
     "labels None": (stats(labels=None), TypeError, "labels must be a torch.Tensor, got None"),

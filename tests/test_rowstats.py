@@ -325,23 +325,27 @@ def assert_follows_the_rule(
     stats: Mapping[str, Statistic],
     metric: Metric,
     eps: float | None = None,  # of the products; None: that of the inputs' dtype
+    *,
+    backend: str | None = None,
+    apart: bool = True,
 ) -> None:
-    """`assert_accurate` of every statistic and of the gradients of each alone; integers are equal.
+    """`assert_accurate` of every statistic and of the gradients of each alone (``apart=False``: of
+    all together); integers are equal.
 
     The results are too small a sample of eager's errors: it is taken over several orders of eager's
     sums as well.
     """
     eps = eps or torch.finfo(problem.inputs["sem"].dtype).eps
     learning = {name: undisputed(problem, stat, metric, eps) for name, stat in stats.items()}
-    options = {"learning": learning, "apart": True}
-    ours = measure(problem, stats, metric, **options)
+    options = {"learning": learning, "apart": apart}
+    ours = measure(problem, stats, metric, backend, **options)
     truth = measure(problem.double(), stats, metric, "reference", **options)
     eagers = []
     for shuffled, back in in_other_orders(problem, 8):
         eager = measure(shuffled, stats, metric, "reference", **options)
         for k, order in back.items():
-            for name in stats:
-                if (what := f"grad_{k} of {name}") in eager:
+            for what in eager:
+                if what.split(" of ")[0] == f"grad_{k}":
                     eager[what] = eager[what][:, order]
         eagers.append(eager)
     assert all(x.keys() == ours.keys() for x in (truth, *eagers))
