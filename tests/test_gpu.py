@@ -34,7 +34,12 @@ from conftest import (
     to_double,
 )
 from conftest import assert_follows_the_rule as assert_pairwise_follows_the_rule
-from test_pairwise import IDENTICAL, near_duplicates, strided
+from test_pairwise import (
+    IDENTICAL,
+    assert_together_follow_the_rule,
+    near_duplicates,
+    strided,
+)
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -214,16 +219,8 @@ SHAPES = test_rowstats.SHAPES | {
 @in_float_and_half
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes_of_pairwise(shape, dtype):
-    # A few small problems together are a sample of eager's errors; one alone is none.
-    ours, eager, truth = [], [], []
-    for seed in range(6):
-        inputs = on_device(draw(*shape, dtype=dtype, seed=seed))
-        upstream = draw_upstream(inputs)
-        ours.append(evaluate(inputs, METRIC, upstream))
-        eager.append(evaluate(inputs, METRIC, upstream, "reference"))
-        truth.append(evaluate(to_double(inputs), METRIC, upstream.double(), "reference"))
-    for what in ours[0]:
-        assert_accurate(what, *(torch.stack([x[what] for x in xs]) for xs in (ours, eager, truth)))
+    problems = [on_device(draw(*shape, dtype=dtype, seed=seed)) for seed in range(6)]
+    assert_together_follow_the_rule(problems, METRIC)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

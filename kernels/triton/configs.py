@@ -103,10 +103,11 @@ def precision_of(dtype: torch.dtype) -> str:
 def near_of(dtype: torch.dtype, precision: str) -> float:
     """The share of ||x||^2 + ||y||^2 below which a square is taken from differences.
 
-    Products of bfloat16 and float16 are exact in float32: a square of 2^-14 of the scale still has
-    an error of 2^-9 of itself, as much as the rounding of bfloat16. An error of 2^-23 leaves 2^-15
-    of a square, and one of tf32, 2^-11, 2^-5.
+    Products of bfloat16 and float16 are exact in float32, so that only the sums have an error, of
+    2^-23: a square of 2^-14 of the scale still has one of 2^-9 of itself, as much as the rounding
+    of bfloat16, and a square of 2^-12 one of 2^-11, as much as that of float16. For float32 it
+    leaves 2^-15 of a square, and an error of tf32, 2^-11, leaves 2^-5.
     """
     if dtype != torch.float32:
-        return 2.0**-14
+        return 2.0**-14 if dtype == torch.bfloat16 else 2.0**-12
     return 2.0**-6 if precision == "tf32" else 2.0**-8

@@ -95,7 +95,7 @@ def _in_order(
     if scores is not None:
         found = scores.gather(1, order)
     else:
-        found = values if largest else -values
+        found = values if largest else 0 - values  # 0, not -0
     missing = -math.inf if largest else math.inf
     return found.masked_fill(columns < 0, missing), columns, values
 
