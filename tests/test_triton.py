@@ -112,7 +112,7 @@ def with_near_pairs(inputs: Inputs) -> tuple[Inputs, Tensor]:
     return inputs, upstream
 
 
-# ----------------------------------------------------------------------------- the order of the tiles
+# --------------------------------------------------------------------------- the order of the tiles
 
 
 @triton.jit
@@ -190,7 +190,9 @@ def test_chunks_are_all_pairs_once(m):
     [
         *itertools.product(["few tiles", "many tiles"], FORMS),
         # What they add to these two does not depend on the form.
-        *zip([way for way in WAYS if way not in ("few tiles", "many tiles")], FORMS * 2),
+        *zip(
+            [way for way in WAYS if way not in ("few tiles", "many tiles")], FORMS * 2, strict=True
+        ),
     ],
 )
 @two_sets_and_self
@@ -268,8 +270,8 @@ def test_shapes(shape, way):
 
 @pytest.mark.parametrize("way", ["few tiles", "many tiles"])
 def test_width_1(way):
-    """Eager's differences of two numbers are exact. A square here has an error of three roundings of
-    |x|^2 + |y|^2, of which it is 1/256 or more: 3 x 2^-16 of itself, and the root half of it.
+    """Eager's differences of two numbers are exact. Here a square has an error of three roundings
+    of |x|^2 + |y|^2, of which it is 1/256 or more: 3 x 2^-16 of itself, and the root half of it.
     alpha exp(-r) and r = beta / alpha have errors of alpha and beta as they are and r times."""
     inputs, metric = draw(17, 13, 1, 1, dtype=FLOAT), Metric(1.0, 0.0)
     with walking(way):

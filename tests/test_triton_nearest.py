@@ -25,7 +25,7 @@ from test_nearest import (
 from test_nearest import (
     WAYS as SEARCHES,
 )
-from test_triton import WAYS, walking
+from test_triton import walking
 
 from idml_fast import DistanceWeighted, _blocks, nearest, pairwise
 

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-# Of a thread, on its stack: of kernels that take every tile, and of those that take the few tiles
-# with near-duplicates again. A number of them spills nothing; none may spill more.
+# Bytes of a thread's stack: of kernels that take every tile, of those that take again the few tiles
+# with near-duplicates, and of the one that puts tiles together. No other kernel spills at all.
 SPILLED = {"walk flag": 256, "walk again": 3072, "combine": 8}
 # Bytes that a block may have on each architecture.
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}

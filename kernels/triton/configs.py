@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from idml_fast import backend
+from idml_fast import _checks, backend
 
 
 class Config(NamedTuple):
@@ -95,9 +95,10 @@ def precision_of(dtype: torch.dtype) -> str:
     """The `input_precision` of Triton's products, which matters for float32 only."""
     if dtype != torch.float32:
         return "ieee"
-    if backend.precision is not None:
-        return backend.precision
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if backend.precision is None:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    _checks.one_of("idml_fast.backend.precision", backend.precision, backend.PRECISIONS)
+    return backend.precision
 
 
 def near_of(dtype: torch.dtype, precision: str) -> float:
