@@ -20,8 +20,9 @@ NATIVE := $(wildcard csrc/*.* kernels/*/*.h kernels/*/*.cpp kernels/*/*.cuh kern
 demo: $(INSTALLED)
 	$(BIN)/idml-fast train --name demo --run.overwrite true
 
+# Two tests at a time with a thread each: many of them interpret kernels, one step after the other.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests/ $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ -n 2 $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
