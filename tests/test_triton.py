@@ -546,6 +546,20 @@ def test_opcheck(learned, m):
     torch.library.opcheck(BACKWARD_OP, arguments, {"wanted": wanted})
 
 
+def test_a_step_compiles_whole():
+    """Forward and backward, with nothing that PyTorch's compiler has to leave its graph for."""
+    inputs, metric = draw(20, 15, 8, 5, dtype=FLOAT), Metric()
+    weight = torch.linspace(0, 1, 8, requires_grad=True)
+
+    def loss(sem, unc, sem2, unc2):
+        scores = pairwise(sem * weight, unc, sem2, unc2, metric=metric, backend="triton")
+        return scores.exp().mean()
+
+    eager = torch.autograd.grad(loss(**inputs), weight)
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(**inputs), weight), eager)
+
+
 def test_autocast():
     inputs: dict[str, Any] = draw(20, 15, 8, 5, dtype=FLOAT)
     halves = {k: x.bfloat16() for k, x in inputs.items()}

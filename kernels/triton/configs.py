@@ -42,7 +42,8 @@ INTERPRETED = Configs(*[Config(16, 16, 16, 4, 1)] * 3)
 
 def _configs(kind: str, width: int, architecture: int) -> Configs:
     """Tiles that leave the registers without spills, or with few."""
-    step = 64 if kind == "half" else 32
+    # Never one step alone: the loads of a loop that is unrolled are all done at its head.
+    step = 64 if kind == "half" and width > 64 else 32
     stages = 2 if width <= 2 * step else 3  # few steps need not be loaded far ahead
     large = Config(128, 64, step, 8, stages)
     small = Config(128, 32, step, 8, stages)

@@ -1,6 +1,6 @@
 """What the kernels take of a GPU: registers, spills, shared memory, matrix instructions.
 
-    python -m idml_fast._triton.resources [--architectures 80 90] [--kinds half ieee] [--json]
+    python -m idml_fast._triton.resources [--architectures 80 90] [--kinds half ieee] [--widths 512]
 
 compiles every configuration of the table ahead of time, on a machine with or without a GPU. The
 launchers run on tensors without memory, and what they would launch is compiled instead.
@@ -37,7 +37,7 @@ from . import configs, nearest, paired, pairwise, rowstats
 SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # The machine's instruction for a matrix product, as disassembled.
 MATRIX_INSTRUCTIONS = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTC[A-Z]*MMA"}
-ITEMS, WIDTH = 1 << 14, 512
+ITEMS = 1 << 14
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -69,6 +69,7 @@ class Row(NamedTuple):
 
     architecture: int
     kind: str  # of the products
+    width: int  # of both embeddings
     case: str  # which launcher, and of what
     kernel: str
     registers: int
@@ -78,27 +79,36 @@ class Row(NamedTuple):
 
 
 def table(
-    architectures: Iterable[int], kinds: Iterable[str], cases: Iterable[str]
+    architectures: Iterable[int],
+    kinds: Iterable[str],
+    widths: Iterable[int],
+    cases: Iterable[str],
+    kernels: Iterable[str] | None = None,
 ) -> Iterator[Row]:
-    """Compiles everything, on all cores, and yields a line a kernel."""
-    jobs = itertools.product(architectures, kinds, cases)
+    """Compiles everything, or kernels of some names, on all cores, and yields a line a kernel."""
+    jobs = itertools.product(architectures, kinds, widths, cases, [kernels])
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for rows in pool.map(_rows, *zip(*jobs, strict=True)):
             yield from rows
 
 
-def _rows(architecture: int, kind: str, case: str) -> list[Row]:
+def _rows(
+    architecture: int, kind: str, width: int, case: str, kernels: Iterable[str] | None
+) -> list[Row]:
     return [
-        Row(architecture, kind, case, *measure(kernel, architecture))
-        for kernel in launched(CASES[case], kind, architecture)
+        Row(architecture, kind, width, case, *measure(kernel, architecture))
+        for kernel in launched(CASES[case], kind, width, architecture)
+        if kernels is None or name_of(kernel) in kernels
     ]
 
 
-def launched(call: Callable[[torch.dtype], Any], kind: str, architecture: int) -> list[Kernel]:
+def launched(
+    call: Callable[[torch.dtype, int], Any], kind: str, width: int, architecture: int
+) -> list[Kernel]:
     """The kernels that a call launches on tensors without memory, each once."""
     dtype = torch.bfloat16 if kind == "half" else torch.float32
     with recording(architecture, None if kind == "half" else kind) as kernels:
-        call(dtype)
+        call(dtype, width)
     return list({key_of(kernel): kernel for kernel in kernels}.values())
 
 
@@ -182,9 +192,9 @@ def name_of(kernel: Kernel) -> str:
     return kernel.function.__name__ + near
 
 
-def _inputs(dtype: torch.dtype, two_sets: bool, form: str, items: int = ITEMS) -> tuple[Any, ...]:
+def _inputs(dtype: torch.dtype, width: int, two_sets: bool, form: str) -> tuple[Any, ...]:
     """Operands without memory."""
-    sem, unc, sem2, unc2 = (torch.empty(items, WIDTH, dtype=dtype, device="meta") for _ in range(4))
+    sem, unc, sem2, unc2 = (torch.empty(ITEMS, width, dtype=dtype, device="meta") for _ in range(4))
     second = (sem2, unc2) if two_sets else (None, None)
     return sem, unc, *second, 5.0, 0.5, None, form
 
@@ -220,9 +230,11 @@ def _paired(dtype: torch.dtype, *arguments: Any) -> None:
     paired.backward(scores, *operands, *index, wanted=_wanted(operands))
 
 
-CASES: dict[str, Callable[[torch.dtype], None]] = {
+CASES: dict[str, Callable[[torch.dtype, int], None]] = {
     f"{call.__name__[1:]}, {'two sets' if two_sets else 'self'}, {form}": (
-        lambda dtype, call=call, two_sets=two_sets, form=form: call(dtype, two_sets, form)
+        lambda dtype, width, call=call, two_sets=two_sets, form=form: call(
+            dtype, width, two_sets, form
+        )
     )
     for call in (_pairwise, _rowstats, _nearest, _paired)
     for two_sets in (True, False)
@@ -235,14 +247,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architectures", type=int, nargs="+", default=configs.ARCHITECTURES)
     parser.add_argument("--kinds", nargs="+", choices=configs.KINDS, default=configs.KINDS)
+    parser.add_argument("--widths", type=int, nargs="+", default=configs.WIDTHS)
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=tuple(CASES))
+    parser.add_argument("--kernels", nargs="+", help="names as in the table; without it all")
     parser.add_argument("--json", action="store_true", help="a line a kernel, as JSON")
     chosen = parser.parse_args()
     titles = Row._fields
-    layout = "{:>12}  {:8}  {:28}  {:16}" + "  {:>9}" * 4
+    layout = "{:>12}  {:8}  {:>5}  {:28}  {:16}" + "  {:>9}" * 4
     if not chosen.json:
         print(layout.format(*(title.replace("_", " ") for title in titles)))
-    for row in table(chosen.architectures, chosen.kinds, chosen.cases):
+    chosen_rows = chosen.architectures, chosen.kinds, chosen.widths, chosen.cases, chosen.kernels
+    for row in table(*chosen_rows):
         print(json.dumps(row._asdict()) if chosen.json else layout.format(*row), flush=True)
 
 

@@ -62,6 +62,18 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     # A quarter of the workspace: these chunks are large enough.
     sides = walk.sides(4 * len(state) / walk.config.cols, backend.workspace // 4)
     started = set()
+
+    def put_together(of_tiles: Tensor, tiles: int, part: slice, continues: bool) -> None:
+        launch(
+            combine,
+            triton.cdiv(part.stop - part.start, ITEMS.value),
+            walk.device,
+            *(numbers, of_tiles, tiles, len(state), part.start, part.stop, results),
+            *(continues, statistics),
+            num_warps=8,  # with 4 it spills on the A100
+            num_stages=1,
+        )
+
     for chunk in walk.chunks(*sides):
         n, m = chunk.shape
         height, width = walk.tiles(n, m)
@@ -79,26 +91,10 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
         if walk.symmetric and not chunk.triangle:
             sides.append((chunk.cols, of_cols))
         for part, of_tiles in sides:
-            launch(
-                combine,
-                triton.cdiv(part.stop - part.start, ITEMS.value),
-                walk.device,
-                numbers,
-                *(of_tiles, len(of_tiles), len(state), part.start, part.stop, results),
-                *(part.start in started, statistics),
-                num_warps=4,
-                num_stages=1,
-            )
+            put_together(of_tiles, len(of_tiles), part, part.start in started)
             started.add(part.start)
     if 0 in walk.shape:
-        launch(
-            combine,
-            triton.cdiv(len(labels), ITEMS.value),
-            walk.device,
-            *(numbers, state, 0, len(state), 0, len(labels), results, False, statistics),
-            num_warps=4,
-            num_stages=1,
-        )
+        put_together(state, 0, slice(0, len(labels)), False)
     return values, integers, state, kept
 
 
