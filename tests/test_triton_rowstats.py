@@ -39,14 +39,16 @@ def assert_accurate(given: Problem, stats: dict, metric: Metric) -> None:
     assert_follows_the_rule(given, stats, metric, backend="triton", apart=False)
 
 
-def assert_reduces_its_scores(given: Problem, stats: dict, metric: Metric) -> None:
+def assert_reduces_its_scores(
+    given: Problem, stats: dict, metric: Metric, backend: str = "triton"
+) -> None:
     """What the definitions make of the backend's own scores: for shapes that are no sample of
     eager's errors. Only the rounding of sums over a row differs."""
-    ours = measure(given, stats, metric, "triton")
+    ours = measure(given, stats, metric, backend)
     with pytest.MonkeyPatch.context() as patch:
 
         def scores(*operands, metric):
-            return pairwise(*operands, metric=metric, backend="triton")
+            return pairwise(*operands, metric=metric, backend=backend)
 
         patch.setattr(reference, "pairwise", scores)
         expected = measure(given, stats, metric, "reference")

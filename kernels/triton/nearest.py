@@ -40,9 +40,10 @@ def forward(
     k: int,
     first: int,
     *best: Tensor | None,  # [N, k] each
+    make: type[Walk] = Walk,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [N, k] each
     """The scores, the columns and the keys of the best, see `idml_fast.nearest`."""
-    walk = Walk(sem, unc, sem2, unc2, tau, gamma, learned, form, mirrored=False)
+    walk = make(sem, unc, sem2, unc2, tau, gamma, learned, form, mirrored=False)
     columns = torch.full((len(sem), k), -1, device=sem.device)
     keys = torch.full((len(sem), k), NOTHING.value, dtype=torch.int32, device=sem.device)
     scores = torch.full((len(sem), k), math.nan, device=sem.device) if weights else None

@@ -19,9 +19,10 @@ def forward(
     sem2: Tensor | None,  # [M, Ds]
     unc2: Tensor | None,  # [M, Du]
     *metric: Any,
+    make: type[Walk] = Walk,
 ) -> Tensor:  # [N, M]
     """The scores; rows against themselves fill both triangles from the upper one."""
-    walk = Walk(sem, unc, sem2, unc2, *metric)
+    walk = make(sem, unc, sem2, unc2, *metric)
     scores = sem.new_empty(walk.shape)
     for chunk in walk.chunks(*[max(*walk.shape, 1)] * 2):  # one, of all
         walk.launch(chunk, store, (scores, scores.stride(0)))
@@ -37,9 +38,10 @@ def backward(
     unc2: Tensor | None,  # [M, Du]
     *metric: Any,
     wanted: list[bool],
+    make: type[Walk] = Walk,
 ) -> list[Tensor]:
     """The gradients of those operands that are wanted."""
-    walk = Walk(sem, unc, sem2, unc2, *metric, backward=True)
+    walk = make(sem, unc, sem2, unc2, *metric, backward=True)
     return collect(walk, metric, wanted, load_upstream, (upstream, *upstream.stride()))
 
 

@@ -49,11 +49,11 @@ STATE = tl.constexpr(9)  # first row of the state
 SECOND = tl.constexpr(10)  # whether it has a second number there
 
 
-def forward(*arguments: Any) -> tuple[Tensor, ...]:
+def forward(*arguments: Any, make: type[Walk] = Walk) -> tuple[Tensor, ...]:
     """The results, see `idml_fast.rowstats.empty_results`."""
     labels, labels2, bounds, *description = arguments[8:15]
     values, integers, state, kept = empty_results(*arguments)
-    walk = Walk(*arguments[:8])
+    walk = make(*arguments[:8])
     statistics, numbers = _described(*description[:4])
     if 0 in walk.shape:
         state.zero_()
@@ -77,7 +77,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     for chunk in walk.chunks(*sides):
         n, m = chunk.shape
         height, width = walk.tiles(n, m)
-        if width == 1 and m == walk.shape[1] and not walk.symmetric:
+        if walk.finishes and width == 1 and m == walk.shape[1] and not walk.symmetric:
             outputs = None, None, results
             walk.launch(chunk, reduce_tile, (numbers, *items, outputs), None, statistics)
             continue
@@ -104,10 +104,11 @@ def backward(
     kept: Tensor,
     *arguments: Any,
     wanted: list[bool],
+    make: type[Walk] = Walk,
 ) -> list[Tensor]:
     """The gradients of those operands that are wanted."""
     labels, labels2, bounds, *description = arguments[8:15]
-    walk = Walk(*arguments[:8], backward=True)
+    walk = make(*arguments[:8], backward=True)
     statistics, numbers = _described(*description[:4])
     items = _items(walk, labels, labels2, bounds)
     learned = upstream.contiguous(), state, len(labels)

@@ -57,6 +57,10 @@ class Walk:
     not so with ``mirrored=False``.
     """
 
+    # The most tiles that a problem of few may have, see `FEW_TILES`; and whether a tile that knows
+    # all of its rows' columns gives the results itself.
+    finishes = True
+
     def __init__(
         self,
         sem: Tensor,  # [N, Ds]
@@ -85,13 +89,15 @@ class Walk:
         purpose = "forward"
         if backward:
             purpose = "mirrored_backward" if self.symmetric else "backward"
-        self.config = configs.config_of(
-            purpose, max(self.widths), sem.dtype, self.precision, sem.device
-        )
-        self.few = math.prod(self.tiles(*self.shape)) <= FEW_TILES
+        self.config = self.configure(purpose)
+        self.few = self.finishes and math.prod(self.tiles(*self.shape)) <= FEW_TILES
         given = (sem, unc) if self.own else self.embeddings
         measured = [embedding(x) for x in given] if self.few else _with_norms(*given)
         self.measured = measured * 2 if self.own else measured
+
+    def configure(self, purpose: str) -> configs.Config:
+        """How tiles are walked."""
+        return configs.config_of(purpose, max(self.widths), self.dtype, self.precision, self.device)
 
     def tiles(self, rows: int, cols: int) -> tuple[int, int]:
         """How many tiles so many rows and columns have, in each direction."""
