@@ -1,0 +1,1 @@
+"""The CUDA backend: the walk of the Triton backend in CUDA C++."""
