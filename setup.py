@@ -1,4 +1,4 @@
-"""Builds the native module `idml_fast._C` with CMake; everything else is in pyproject.toml."""
+"""Builds the native modules `_C` and `_gpu` with CMake; everything else is in pyproject.toml."""
 
 import subprocess
 import sys
@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
-    """Builds in the source tree for `pip install -e .`, into the wheel otherwise."""
+    """Builds all modules in one run; `pip install -e .` then copies them into the source tree."""
 
-    def build_extension(self, ext: Extension) -> None:
-        destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+    def build_extensions(self) -> None:
+        destination = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent
         build = Path(self.build_temp).resolve()
         configure = [
             "cmake", "-S", ROOT, "-B", build, "-G", "Ninja",
@@ -25,6 +25,13 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", build], check=True)
         subprocess.run(["cmake", "--install", build, "--prefix", destination], check=True)
+        # Without nvcc there is no `_gpu`.
+        self.extensions = [
+            ext for ext in self.extensions if Path(self.get_ext_fullpath(ext.name)).exists()
+        ]
 
 
-setup(ext_modules=[Extension("idml_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension(f"idml_fast.{name}", sources=[]) for name in ("_C", "_gpu")],
+    cmdclass={"build_ext": CMakeBuild},
+)

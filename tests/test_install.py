@@ -21,13 +21,15 @@ else:
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LEFT_OUT = shutil.ignore_patterns(
-    ".*", "build", "dist", "runs", "__pycache__", "*.egg-info", "_C.*", "*.pyd"
+    ".*", "build", "dist", "runs", "__pycache__", "*.egg-info", "_C.*", "_gpu.*", "*.pyd"
 )
+NVCC = ("CUDACXX", "CUDA_HOME", "IDML_FAST_CUDA_ARCHS")  # what tells CMake of it
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
 
 
-def run(*command, cwd, path=""):
+def run(*command, cwd, path="", **environment):
     """The output of a command; what it says when it fails is the test's message."""
-    environment = {**os.environ, "PYTHONPATH": str(path)}
+    environment = {**os.environ, "PYTHONPATH": str(path), **environment}
     ran = subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -53,19 +55,53 @@ def build_tools(tmp_path_factory):
     return folder
 
 
-def build(hook, source, destination, tools):
-    """Calls a hook of the build backend as an installer does, in `source`; the file it made."""
+def path_with(tools):
+    """The PATH with the scripts of the tools: cmake and ninja."""
+    folders = tools / "bin", Path(sys.executable).parent, os.environ["PATH"]
+    return os.pathsep.join(map(str, folders))
+
+
+def build(hook, source, destination, tools, **environment):
+    """Calls a hook of the build backend as an installer does, in `source`; the file it made.
+
+    Without the CUDA kernels, which take minutes.
+    """
     destination.mkdir()
-    # The scripts of the tools (cmake, ninja) are looked for beside them.
     code = (
-        "import os, sys, setuptools.build_meta as backend;"
-        f"os.environ['PATH'] = {str(tools / 'bin')!r} + os.pathsep"
-        f" + {str(Path(sys.executable).parent)!r} + os.pathsep + os.environ['PATH'];"
+        "import sys, setuptools.build_meta as backend;"
         f"sys.path.insert(0, '.'); backend.{hook}({str(destination)!r})"
     )
-    run(sys.executable, "-c", code, cwd=source, path=tools)
+    environment = {"PATH": path_with(tools), "IDML_FAST_CUDA_ARCHS": "none"} | environment
+    run(sys.executable, "-c", code, cwd=source, path=tools, **environment)
     (made,) = destination.iterdir()
     return made
+
+
+@pytest.fixture
+def configure(tmp_path, build_tools):
+    """Runs CMake as setup.py does, with further arguments; it compiles nothing of ours."""
+    python = sys.executable, "-m", "pybind11", "--cmakedir"
+    pybind11 = run(*python, cwd=tmp_path, path=build_tools).strip()
+    known = {name: x for name, x in os.environ.items() if name not in NVCC}
+    known |= {"PATH": path_with(build_tools), "PYTHONPATH": str(build_tools)}
+
+    def configured(*options, **environment):
+        command = ["cmake", "-S", ROOT, "-B", tmp_path / "build", "-G", "Ninja", *options]
+        command += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}"]
+        ran = subprocess.run(
+            command, env=known | environment, capture_output=True, text=True, check=False
+        )
+        return ran.returncode == 0, " ".join((ran.stdout + ran.stderr).split())  # as one line
+
+    return configured
+
+
+@pytest.fixture
+def broken_nvcc(tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    return str(nvcc)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +143,8 @@ def sources():
 def test_the_sdist_holds_what_is_needed_to_build(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    native = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").iterdir()}
+    files = (*(ROOT / "csrc").iterdir(), *(ROOT / "kernels").glob("*/*.*"))
+    native = {str(p.relative_to(ROOT)) for p in files}
     assert native | {"CMakeLists.txt", "pyproject.toml", "setup.py", "LICENSE"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc"))]
 
@@ -122,6 +159,89 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     assert all(name.startswith("idml_fast/_") for name in others)  # the kernels' native sources
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"idml_fast"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+@pytest.mark.parametrize("modules", [["_C"], ["_C", "_gpu"]])
+def test_an_editable_install_puts_what_was_built_into_the_source_tree(
+    tmp_path, build_tools, modules
+):
+    source, bin = tmp_path / "source", tmp_path / "bin"
+    shutil.copytree(ROOT, source, ignore=LEFT_OUT)
+    bin.mkdir()
+    files = [f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}" for name in modules]
+    cmake = bin / "cmake"  # stands in for it: installs empty modules
+    installed = f"mkdir -p $4 && cd $4 && touch {' '.join(files)}"
+    cmake.write_text(f"#!/bin/sh\nif [ $1 = --install ]; then {installed}; fi\n")
+    cmake.chmod(0o755)
+    path = os.pathsep.join([str(bin), path_with(build_tools)])
+    build("build_editable", source, tmp_path / "dist", build_tools, PATH=path)
+    assert sorted(p.name for p in (source / "idml_fast").glob("_*.so")) == sorted(files)
+
+
+@needs_nvcc
+def test_with_nvcc_the_kernels_are_compiled_for_the_usual_gpus(configure, tmp_path):
+    done, said = configure()
+    assert done, said
+    assert "CUDA kernels for 80;90a-real" in said
+    commands = (tmp_path / "build" / "build.ninja").read_text()
+    # PTX for the GPUs to come.
+    assert "--generate-code=arch=compute_80,code=[compute_80,sm_80]" in commands
+    assert "--generate-code=arch=compute_90a,code=[sm_90a]" in commands
+    assert "-DIDML_FAST_HOPPER" in commands
+    assert "_gpu" in commands
+
+
+@needs_nvcc
+def test_the_gpus_to_compile_for_can_be_chosen(configure, tmp_path):
+    done, said = configure("-DIDML_FAST_CUDA_ARCHS=80-real", IDML_FAST_CUDA_ARCHS="90")
+    assert done, said
+    assert "CUDA kernels for 80-real: " in said
+    commands = (tmp_path / "build" / "build.ninja").read_text()
+    assert "--generate-code=arch=compute_80,code=[sm_80]" in commands
+    assert "compute_90" not in commands
+    assert "-DIDML_FAST_HOPPER" not in commands
+
+
+@needs_nvcc
+def test_a_gpu_that_nvcc_does_not_know_is_an_error(configure):
+    done, said = configure(IDML_FAST_CUDA_ARCHS="80;990")
+    assert not done
+    assert re.search(r"asks for CUDA kernels, but nvcc [\d.]+ does not know 990", said)
+
+
+@pytest.mark.parametrize("archs", ["none", ""])
+def test_the_cuda_kernels_can_be_left_out(configure, tmp_path, archs):
+    done, said = configure(IDML_FAST_CUDA_ARCHS=archs)
+    assert done, said
+    told = f'No CUDA kernels, Triton\'s serve GPUs: IDML_FAST_CUDA_ARCHS is "{archs}"'
+    assert told in said
+    assert "_gpu" not in (tmp_path / "build" / "build.ninja").read_text()
+
+
+@pytest.mark.parametrize("archs", ["70", "foo", "80,90a", "80;sm_90a", "80;;90a"])
+def test_gpus_that_no_kernel_serves_are_an_error(configure, archs):
+    done, said = configure(IDML_FAST_CUDA_ARCHS=archs)
+    assert not done
+    assert (
+        "IDML_FAST_CUDA_ARCHS must be none or a list of architectures from 80 on, such as "
+        f"80;90a-real, not {archs}"
+    ) in said
+
+
+def test_without_nvcc_there_are_no_cuda_kernels(configure, tmp_path):
+    done, said = configure("-DIDML_FAST_NVCC=OFF", IDML_FAST_CUDA_ARCHS="80-real")
+    assert done, said
+    assert "No CUDA kernels, Triton's serve GPUs: nvcc was not found" in said
+    assert "_gpu" not in (tmp_path / "build" / "build.ninja").read_text()
+
+
+def test_an_nvcc_that_does_not_work_is_an_error_only_to_who_asks_for_it(configure, broken_nvcc):
+    done, said = configure(CUDACXX=broken_nvcc)
+    assert done, said
+    assert f"No CUDA kernels, Triton's serve GPUs: {broken_nvcc} compiles no program" in said
+    done, said = configure(CUDACXX=broken_nvcc, IDML_FAST_CUDA_ARCHS="80")
+    assert not done
+    assert f"asks for CUDA kernels, but {broken_nvcc} compiles no program" in said
 
 
 def test_the_installed_wheel_computes_somewhere_else(site, tmp_path):
