@@ -52,6 +52,21 @@ def operands(
     return sem, unc, sem2, unc2, *metric.operands()
 
 
+def beyond_cuda(embeddings: dict[str, Any], metric: Metric) -> list[str]:
+    """What is asked of a backend that the CUDA kernels do not have: these read 16 bytes at a time,
+    and a metric's gradient is Triton's."""
+    asked = []
+    if metric.learned:
+        asked.append("a tau or gamma that is a tensor")
+    for name, x in embeddings.items():
+        if not isinstance(x, Tensor):
+            continue
+        places = x.stride(0) * x.itemsize, x.storage_offset() * x.itemsize
+        if x.stride(1) != 1 or any(place % 16 for place in places):
+            asked.append(f"{name} whose rows do not begin at multiples of 16 bytes")
+    return asked
+
+
 def save(ctx: Any, inputs: tuple[Any, ...], *others: Tensor | None) -> None:
     """Keeps an operation's operands, its backend and other tensors for the backward."""
     *embeddings, tau, gamma, learned, form = inputs[:8]

@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -16,7 +18,7 @@ from . import _checks
 OPERATIONS = ("pairwise", "rowstats", "paired", "nearest")
 # In order of preference. A backend serves the operations that it has a kernel for.
 KERNELS: dict[str, tuple[str, ...]] = {
-    "cuda": (),
+    "cuda": ("pairwise", "rowstats", "nearest"),
     "triton": OPERATIONS,
     "cpu": OPERATIONS,
 }
@@ -33,12 +35,22 @@ workspace = 2**28
 # gradients are PyTorch's own and always follow its switch.
 precision: str | None = None
 PRECISIONS = ("ieee", "tf32x3", "bf16x3", "tf32")
+# Whether the CUDA kernels are taken where they can serve. None takes them where they have been
+# measured to be faster than Triton's, which is nowhere: they have not run on a GPU yet.
+prefer_cuda: bool | None = None
+# Those measurements: an operation, a dtype, and the least and the largest width of `sem`.
+CUDA_IS_FASTER: tuple[tuple[str, torch.dtype, int, int], ...] = ()
 
 # Why no native or Triton kernel can run; None if they can. Looked up once, without importing the
 # modules: torch.compile traces `refusal`, and can trace neither a search nor a cached function.
 NATIVE_MISSING = (
     "the native module idml_fast._C is not built; `pip install -e .` builds it"
     if importlib.util.find_spec("idml_fast._C") is None
+    else None
+)
+GPU_MISSING = (
+    "the native module idml_fast._gpu is not built; `pip install -e .` builds it where nvcc is"
+    if importlib.util.find_spec("idml_fast._gpu") is None
     else None
 )
 TRITON_MISSING = (
@@ -50,10 +62,13 @@ TRITON_MISSING = (
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
+def choose(
+    op: str, tensor: Tensor, backend: str | None = None, beyond_cuda: Sequence[str] = ()
+) -> str:
     """The backend that serves ``op`` on tensors like this: the first that can, or the named one.
 
-    `reference` is never chosen by itself in place of a kernel: it must be named.
+    ``beyond_cuda`` names what the call asks for that the CUDA kernels do not have. `reference` is
+    never chosen by itself in place of a kernel: it must be named.
 
     Raises:
         ValueError: ``backend`` is no backend's name.
@@ -61,16 +76,18 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
     """
     if backend is not None:
         _checks.one_of("backend", backend, BACKENDS)
-        reason = refusal(backend, op, tensor.device, tensor.dtype)
+        reason = refusal(backend, op, tensor.device, tensor.dtype, beyond_cuda)
         if backend == "triton" and INTERPRETED and tensor.device.type == "cpu":
             reason = _refusal_of_dtype(tensor.dtype)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot serve {op} here: {reason}")
         return backend
-    reasons = refusals(op, tensor.device, tensor.dtype)
-    for name, reason in reasons.items():
-        if reason is None:
-            return name
+    reasons = refusals(op, tensor.device, tensor.dtype, beyond_cuda)
+    serving = [name for name, reason in reasons.items() if reason is None]
+    if serving == ["cuda", "triton"] and not _prefers_cuda(op, tensor):
+        return "triton"
+    if serving:
+        return serving[0]
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise RuntimeError(
         f"no kernel can serve {op} on {tensor.device.type} here ({told}); "
@@ -79,27 +96,58 @@ def choose(op: str, tensor: Tensor, backend: str | None = None) -> str:
 
 
 def refusals(
-    op: str, device: torch.device, dtype: torch.dtype = torch.float32
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    beyond_cuda: Sequence[str] = (),
 ) -> dict[str, str | None]:
     """`refusal` of every backend that has kernels, by name, in order of preference."""
-    return {name: refusal(name, op, device, dtype) for name in KERNELS}
+    return {name: refusal(name, op, device, dtype, beyond_cuda) for name in KERNELS}
 
 
 def refusal(
-    backend: str, op: str, device: torch.device, dtype: torch.dtype = torch.float32
+    backend: str,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    beyond_cuda: Sequence[str] = (),
 ) -> str | None:
     """Why ``backend`` cannot serve ``op`` on tensors like this; None if it can."""
     if backend == "reference":
         return None
     if op not in KERNELS[backend]:
         return "it has no kernel for this operation yet"
-    if backend == "triton":
-        if device.type != "cuda":
-            return f"it serves tensors on a GPU, not on {device.type}"
-        return TRITON_MISSING or _refusal_of_dtype(dtype) or _refusal_of_gpu(device.index)
-    if device.type != "cpu":
-        return f"it serves tensors on the CPU, not on {device.type}"
-    return NATIVE_MISSING
+    if backend == "cpu":
+        if device.type != "cpu":
+            return f"it serves tensors on the CPU, not on {device.type}"
+        return NATIVE_MISSING
+    if device.type != "cuda":
+        return f"it serves tensors on a GPU, not on {device.type}"
+    # The CUDA kernels are launched by Triton's launchers, beside whose small kernels they run.
+    reason = TRITON_MISSING or _refusal_of_dtype(dtype) or _refusal_of_gpu(device.index)
+    if backend == "cuda" and reason is None:
+        reason = GPU_MISSING or _refusal_by_cuda(dtype, beyond_cuda)
+    return reason
+
+
+def _prefers_cuda(op: str, tensor: Tensor) -> bool:
+    if prefer_cuda is not None:
+        return prefer_cuda
+    return any(
+        (op, tensor.dtype) == (of, dtype) and least <= tensor.shape[1] <= largest
+        for of, dtype, least, largest in CUDA_IS_FASTER
+    )
+
+
+def _refusal_by_cuda(dtype: torch.dtype, beyond_cuda: Sequence[str]) -> str | None:
+    if dtype == torch.float32:
+        # torch.compile cannot trace a look at PyTorch's switch.
+        switched = precision is None and not torch.compiler.is_compiling()
+        if switched and torch.get_float32_matmul_precision() == "highest":
+            return "it multiplies float32 as tf32, and torch's float32 matmul precision is highest"
+        if not switched and precision != "tf32":
+            return f"it multiplies float32 as tf32, and backend.precision is {precision!r}"
+    return f"it does not serve {beyond_cuda[0]}" if beyond_cuda else None
 
 
 def _refusal_of_dtype(dtype: torch.dtype) -> str | None:
@@ -140,6 +188,7 @@ def report() -> str:
         f"triton     {_triton()}",
         f"GPU        {_gpu()}",
         f"_C         {_native()}",
+        f"_gpu       {_native_gpu()}",
         "",
         f"{'backend':<12}" + "".join(f"{op:<12}" for op in OPERATIONS),
     ]
@@ -179,3 +228,13 @@ def _native() -> str:
     told = [f"vectors: {_C.isa()}" + (f" (IDML_FAST_CPU_ISA={lowered})" if lowered else "")]
     told.append("threads: OpenMP" if _C.has_threads() else "threads: one (built without OpenMP)")
     return ", ".join(told)
+
+
+def _native_gpu() -> str:
+    if GPU_MISSING is not None:
+        return f"missing: {GPU_MISSING}"
+    from . import _gpu
+
+    # "90a" is compute capability 9.0a.
+    capabilities = (re.sub(r"(\d[a-z]?)$", r".\1", name) for name in _gpu.ARCHITECTURES)
+    return f"compiled for compute capability {', '.join(capabilities)}"

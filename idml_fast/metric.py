@@ -96,10 +96,15 @@ class Metric:
         """1 for a distance, -1 for a similarity: ``sign * score`` grows as items move apart."""
         return -1 if self.larger_is_closer else 1
 
+    @property
+    def learned(self) -> list[Tensor]:
+        """Those of ``tau`` and ``gamma`` that are tensors."""
+        return [x for x in (self.tau, self.gamma) if isinstance(x, Tensor)]
+
     def operands(self) -> tuple[float, float, Tensor | None, str]:
         """What the operations take: ``tau``, ``gamma``, both as one tensor ``[2]`` in the place of
         the two numbers if either is a tensor, and ``form``."""
-        tensors = [x for x in (self.tau, self.gamma) if isinstance(x, Tensor)]
+        tensors = self.learned
         if not tensors:
             return self.tau, self.gamma, None, self.form
         dtype = torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

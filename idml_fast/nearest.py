@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _blocks, _checks, reference
 from . import backend as backends
-from ._operands import OPERANDS, autocast, by_operand, operands, save, saved
+from ._operands import OPERANDS, autocast, beyond_cuda, by_operand, operands, save, saved
 from .metric import Metric
 from .stats import CONDITIONS
 
@@ -187,7 +187,14 @@ def nearest(
         own = {"sem": sem, "unc": unc, "sem2": sem2, "unc2": unc2}
         of_metric = {"metric.tau": metric.tau, "metric.gamma": metric.gamma}
         _checks.without_gradient(**own, **of_metric)
-    served = backends.choose("nearest", sem, backend)
+    asked = beyond_cuda({"sem": sem, "unc": unc}, metric)
+    if in_blocks:
+        asked.append("columns in blocks")
+    else:
+        asked += beyond_cuda({"sem2": sem2, "unc2": unc2}, metric)
+    if sample is not None:
+        asked.append("draws")
+    served = backends.choose("nearest", sem, backend, asked)
 
     if handed_over:
         blocks = _blocks.checked(sem2, sem, unc, unc2, metric, where)

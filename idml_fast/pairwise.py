@@ -12,6 +12,7 @@ from . import backend as backends
 from ._operands import (
     OPERANDS,
     autocast,
+    beyond_cuda,
     by_operand,
     empty_gradients,
     no_second_derivative,
@@ -75,7 +76,8 @@ def pairwise(
     """
     sem, unc, sem2, unc2 = autocast(sem, unc, sem2, unc2)
     _checks.pairs(sem, unc, sem2, unc2, metric)
-    served = backends.choose("pairwise", sem, backend)
+    given = {"sem": sem, "unc": unc, "sem2": sem2, "unc2": unc2}
+    served = backends.choose("pairwise", sem, backend, beyond_cuda(given, metric))
     if served == "reference":
         return reference.pairwise(sem, unc, sem2, unc2, metric=metric)
     return torch.ops.idml_fast.pairwise(*operands(sem, unc, sem2, unc2, metric), served)

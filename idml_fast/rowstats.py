@@ -13,6 +13,7 @@ from . import backend as backends
 from ._operands import (
     OPERANDS,
     autocast,
+    beyond_cuda,
     by_operand,
     empty_gradients,
     no_second_derivative,
@@ -83,7 +84,13 @@ def rowstats(
             value = getattr(stat, bound, None)
             if isinstance(value, Tensor):
                 _checks.vector(f"stats[{name!r}].{bound}", value, sem, "sem")
-    served = backends.choose("rowstats", sem, backend)
+    given = {"sem": sem, "unc": unc, "sem2": sem2, "unc2": unc2}
+    asked = beyond_cuda(given, metric)
+    if any(isinstance(stat, Histogram) for stat in stats.values()):
+        asked.append("a histogram")
+    if len(stats) > 4:
+        asked.append("more than 4 statistics")
+    served = backends.choose("rowstats", sem, backend, asked)
     if served == "reference":
         scores = reference.pairwise(sem, unc, sem2, unc2, metric=metric)
         if scores.dtype in (torch.bfloat16, torch.float16):

@@ -1,6 +1,7 @@
 """Which backend serves what, and what is said of those that do not."""
 
 import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,6 +77,64 @@ def test_triton_serves_tensors_on_a_gpu(monkeypatch, op):
     assert backend.refusal("triton", op, gpu) == "Triton is not installed"
 
 
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """What stands for a tensor on a GPU, which every backend could serve."""
+    monkeypatch.setattr(backend, "_refusal_of_gpu", lambda index: None)
+    for reason in ("GPU_MISSING", "TRITON_MISSING"):
+        monkeypatch.setattr(backend, reason, None)
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(9, 512))
+
+
+def test_cuda_is_not_chosen_by_itself_before_it_is_known_to_be_faster(on_a_gpu):
+    for op in backend.OPERATIONS:
+        assert backend.choose(op, on_a_gpu) == "triton"
+    assert backend.choose("pairwise", on_a_gpu, "cuda") == "cuda"
+
+
+def test_cuda_is_chosen_where_it_is_known_to_be_faster(on_a_gpu, monkeypatch):
+    known = ("pairwise", torch.bfloat16, 512, 1024), ("rowstats", torch.float16, 1, 512)
+    monkeypatch.setattr(backend, "CUDA_IS_FASTER", known)
+    assert backend.choose("pairwise", on_a_gpu) == "cuda"
+    assert backend.choose("pairwise", on_a_gpu, None, ["a histogram"]) == "triton"
+    assert backend.choose("rowstats", on_a_gpu) == "triton"
+    on_a_gpu.shape = 9, 511
+    assert backend.choose("pairwise", on_a_gpu) == "triton"
+
+
+def test_a_setting_prefers_cuda_or_not(on_a_gpu, monkeypatch):
+    monkeypatch.setattr(backend, "prefer_cuda", True)
+    assert backend.choose("nearest", on_a_gpu) == "cuda"
+    assert backend.choose("nearest", on_a_gpu, None, ["draws"]) == "triton"
+    assert backend.choose("paired", on_a_gpu) == "triton"
+    monkeypatch.setattr(backend, "prefer_cuda", False)
+    monkeypatch.setattr(backend, "CUDA_IS_FASTER", (("nearest", torch.bfloat16, 1, 10**6),))
+    assert backend.choose("nearest", on_a_gpu) == "triton"
+
+
+def test_what_cuda_refuses_is_said(on_a_gpu, monkeypatch):
+    def told(dtype=torch.bfloat16, beyond=()):
+        return backend.refusal("cuda", "rowstats", on_a_gpu.device, dtype, beyond)
+
+    assert told() is None
+    assert told(beyond=["a histogram", "draws"]) == "it does not serve a histogram"
+    assert told(torch.float64) == "it has no kernels for float64"
+    assert told(torch.float32) == (
+        "it multiplies float32 as tf32, and torch's float32 matmul precision is highest"
+    )
+    monkeypatch.setattr(backend, "precision", "tf32x3")
+    assert told(torch.float32) == (
+        "it multiplies float32 as tf32, and backend.precision is 'tf32x3'"
+    )
+    monkeypatch.setattr(backend, "precision", "tf32")
+    assert told(torch.float32) is None
+    monkeypatch.setattr(backend, "GPU_MISSING", "not built")
+    assert told() == "not built"
+    assert backend.refusal("cuda", "rowstats", CPU.device) == (
+        "it serves tensors on a GPU, not on cpu"
+    )
+
+
 @pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 0), True)])
 def test_triton_needs_an_ampere_gpu(monkeypatch, capability, serves):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
@@ -124,6 +183,20 @@ def test_report_names_versions_and_devices():
     assert "vectors: " in head["_C"]
     assert "threads: " in head["_C"]
     assert head["triton"]
+
+
+def test_report_names_the_gpus_that_the_cuda_kernels_are_compiled_for(monkeypatch):
+    monkeypatch.setattr(backend, "GPU_MISSING", None)
+    built = SimpleNamespace(ARCHITECTURES=("80", "90a", "100"))
+    monkeypatch.setattr(idml_fast, "_gpu", built, raising=False)
+    told = "_gpu       compiled for compute capability 8.0, 9.0a, 10.0"
+    assert told in backend.report().splitlines()
+
+
+def test_report_says_why_there_are_no_cuda_kernels(monkeypatch):
+    monkeypatch.setattr(backend, "GPU_MISSING", "the native module idml_fast._gpu is not built")
+    told = "_gpu       missing: the native module idml_fast._gpu is not built"
+    assert told in backend.report().splitlines()
 
 
 def test_report_names_a_lowered_instruction_set(monkeypatch):
