@@ -44,6 +44,14 @@ CLASSES = {  # of a batch, with a proxy each
     1024: 60_000,
     4096: 93_431,  # MS1M's faces
 }
+# The CUDA kernels beside those of Triton: who is ours, and how many times as fast it has to be for
+# a place in `idml_fast.backend.CUDA_IS_FASTER`.
+BACKENDS = {"ours": "cuda", "triton": "triton"}
+FASTER = 1.05
+# The share of the bare product's rate that their row statistics must reach, by pass and width; and
+# how much longer than its products or its stores, the slower ones, a matrix of scores may take.
+CUDA_SHARES = {("forward", 512): 0.75}
+CUDA_FLOORS = {("forward", 512): 1.15}
 # Rows, columns, width, k, and the rows that the chunked peer takes at a time, which divide them.
 SEARCHES = [
     (60_502, 60_502, 512, 1000, 2327),
@@ -150,15 +158,17 @@ def test_rowstats_of_a_million(race_case, full):
     )
 
 
-def multi_similarity(n, m, peers, *, width, sets, passes, dtype=BF16) -> race.Contestants:
+def multi_similarity(
+    n, m, peers, *, width, sets, passes, dtype=BF16, backend=None
+) -> race.Contestants:
     two_sets = sets == "two sets"
     labels = torch.arange(n, device=DEVICE) // 4
     labels2 = torch.arange(m, device=DEVICE) // 4 if two_sets else None
     places = torch.arange(n, device=DEVICE)
 
     def ours(*sides):
-        of_labels = {"labels": labels, "labels2": labels2}
-        found = idml_fast.rowstats(*sides, **of_labels, metric=METRIC, stats=MULTI_SIMILARITY)
+        given = {"labels": labels, "labels2": labels2, "metric": METRIC, "backend": backend}
+        found = idml_fast.rowstats(*sides, **given, stats=MULTI_SIMILARITY)
         return (F.softplus(found["pull"]) / 2 + F.softplus(found["push"]) / 50).mean()
 
     def terms(sem, unc, sem2, unc2, own, cols, place):
@@ -277,15 +287,18 @@ def test_pairwise(race_case, passes, rows=16_384, width=512):
     )
 
 
-def scores(n, m, peers, *, width, passes, dtype=BF16) -> race.Contestants:
+def scores(n, m, peers, *, width, passes, dtype=BF16, backend=None) -> race.Contestants:
     def dense(sem, unc, sem2, unc2):
         beta = unc.square().sum(1)[:, None] + unc2.square().sum(1) + 2 * unc @ unc2.T
         return formula(sem, unc, sem2, beta.clamp(min=1e-12).sqrt())
 
-    ours = partial(idml_fast.pairwise, metric=METRIC)
+    ours = partial(idml_fast.pairwise, metric=METRIC, backend=backend)
     leaves = [*embeddings(n, width, dtype, 0), *embeddings(m, width, dtype, 1)]
     upstream = torch.ones(n, m, dtype=dtype, device=DEVICE)
-    return contestants(ours, dense, leaves, passes, peers, upstream=upstream)
+    found = contestants(ours, dense, leaves, passes, peers, upstream=upstream)
+    if "store" in peers:  # as many numbers, into memory that is already there
+        found["store"] = lambda: (upstream.fill_(1),)[1:]
+    return found
 
 
 @PASSES
@@ -332,7 +345,7 @@ def test_nearest(race_case, n, m, width, k, chunk):
     )
 
 
-def search(n, m, peers, *, width, k, chunk, dtype=BF16) -> race.Contestants:
+def search(n, m, peers, *, width, k, chunk, dtype=BF16, backend=None) -> race.Contestants:
     rows, columns = embeddings(n, width, dtype, 0), embeddings(m, width, dtype, 1)
     k, metric = min(k, m), idml_fast.Metric.paper()
 
@@ -353,5 +366,80 @@ def search(n, m, peers, *, width, k, chunk, dtype=BF16) -> race.Contestants:
         return torch.cat([x.values for x in found]), torch.cat([x.indices for x in found])
 
     build = {"product": product, "chunked": lambda: chunked}
-    ours = partial(idml_fast.nearest, *rows, *columns, k=k, metric=metric)
+    ours = partial(idml_fast.nearest, *rows, *columns, k=k, metric=metric, backend=backend)
     return {"ours": ours} | {peer: build[peer]() for peer in peers}
+
+
+# --------------------------------------------------------------------------------- the CUDA kernels
+
+
+def cuda_case(op, title, width, build, shape, flop, peers=(), **rest) -> race.Case:
+    return gpu_case(
+        f"CUDA kernels: {title}",
+        partial(by_backend, build=partial(build, width=width)),
+        shape,
+        flop,
+        peers=("product", "triton", *peers),
+        choice=race.Choice(op, "bf16", width, "triton", FASTER),
+        **rest,
+    )
+
+
+def by_backend(n, m, peers, *, build) -> race.Contestants:
+    """Ours by the CUDA kernels, and by Triton's."""
+    found = build(n, m, [peer for peer in peers if peer != "triton"], backend=BACKENDS["ours"])
+    if "triton" in peers:
+        found["triton"] = build(n, m, (), backend=BACKENDS["triton"])["ours"]
+    return {who: found[who] for who in ("ours", *peers)}
+
+
+@SETS
+@PASSES
+@pytest.mark.parametrize("width", SHARES)
+def test_rowstats_by_cuda(race_case, width, passes, sets, rows=16_384):
+    backward = passes != "forward"
+    products = 6 if sets == "two sets" and backward else 4 if backward else 2
+    race_case(
+        cuda_case(
+            "rowstats",
+            f"rowstats, {sets}, {passes}, {rows} x {rows}, D = {width}",
+            width,
+            partial(multi_similarity, sets=sets, passes=passes),
+            (rows, rows),
+            products * 2.0 * rows * rows * width,
+            share_bar=CUDA_SHARES.get((passes, width)) if sets == "two sets" else None,
+            memory_bar=MEMORY_BAR,
+        )
+    )
+
+
+@PASSES
+@pytest.mark.parametrize("width", [512, 128])
+def test_pairwise_by_cuda(race_case, width, passes, rows=16_384):
+    race_case(
+        cuda_case(
+            "pairwise",
+            f"pairwise, two sets, {passes}, {rows} x {rows}, D = {width}",
+            width,
+            partial(scores, passes=passes),
+            (rows, rows),
+            (2 if passes == "forward" else 6) * 2.0 * rows * rows * width,
+            peers=("store",) if passes == "forward" else (),
+            floor_bar=CUDA_FLOORS.get((passes, width)),
+        )
+    )
+
+
+@pytest.mark.parametrize(("n", "m", "width", "k", "chunk"), SEARCHES[1:])
+def test_nearest_by_cuda(race_case, n, m, width, k, chunk):
+    race_case(
+        cuda_case(
+            "nearest",
+            f"nearest, {n} x {m}, D = {width}, k = {k}",
+            width,
+            partial(search, k=k, chunk=chunk),
+            (n, m),
+            2 * 2.0 * n * m * width,
+            rounds=3,
+        )
+    )

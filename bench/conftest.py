@@ -106,11 +106,14 @@ def record(results: list[race.Result], about: dict[str, str | float], folder: Pa
             "memory_bar_mib": result.case.memory_bar,
             "seconds_bar": result.case.seconds_bar,
             "share_bar": result.case.share_bar,
+            "floor_bar": result.case.floor_bar,
         }
         for result in results
     ]
     folder.mkdir(parents=True, exist_ok=True)
     medians = [text for text, _ in race.medians(results).values()]
-    text = json.dumps({**about, "cases": cases, "medians": medians}, indent=1)
+    choices = race.choices(results)
+    found = {**about, "cases": cases, "medians": medians, "choices": choices}
+    text = json.dumps(found, indent=1)
     path.write_text(text + "\n")
     return path

@@ -45,6 +45,17 @@ class Median:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which of two backends should serve an operation: that of ours, or that of a peer."""
+
+    op: str
+    dtype: str
+    width: int
+    peer: str
+    least: float  # how many times as fast as the peer ours has to be
+
+
+@dataclass(frozen=True)
 class Case:
     """One op at one size. A second process builds it again: `build` must be importable by name."""
 
@@ -63,6 +74,10 @@ class Case:
     # its rate that ours must reach.
     product_flop: float | None = None
     share_bar: float | None = None
+    # Of the time of as many products at that rate, or of the peer "store" if this is longer: the
+    # most that ours may take.
+    floor_bar: float | None = None
+    choice: Choice | None = None
 
     def flop_of(self, who: str) -> float:
         return self.product_flop if who == "product" else self.flop
@@ -87,6 +102,23 @@ class Result:
         """The rate of ours as a fraction of that of the bare product."""
         return self.case.flop / self.case.product_flop / self.ratio("product")
 
+    def floor_ratio(self) -> float:
+        """What ours takes as a fraction of what its products or its stores take, if longer."""
+        share = self.case.flop / self.case.product_flop
+        rounds = zip(*(self.seconds[who] for who in ("ours", "product", "store")), strict=True)
+        return statistics.median(
+            ours / max(product * share, store) for ours, product, store in rounds
+        )
+
+    def gain(self) -> float | None:
+        """How many times as fast as the backend beside it ours is; None where that has no time."""
+        choice = self.case.choice
+        return 1 / self.ratio(choice.peer) if choice and self.seconds[choice.peer] else None
+
+    def is_chosen(self) -> bool:
+        gain = self.gain()
+        return gain is not None and gain >= self.case.choice.least
+
     def verdicts(self) -> dict[str, tuple[str, bool]]:
         """Contestant: the bar that its line of the table is held to, and whether it is met."""
         held = {
@@ -107,6 +139,10 @@ class Result:
         if self.case.share_bar is not None:
             bar = self.case.share_bar
             held["product"] = (f"at least {bar:.0%}", self.share() >= bar)
+        if self.case.floor_bar is not None:
+            bar, ratio = self.case.floor_bar, self.floor_ratio()
+            text = f"ours take {ratio:.2f} of the longer of both, at most {bar:.2f}"
+            held["store"] = (text, ratio <= bar)
         return held
 
 
@@ -271,6 +307,8 @@ def table(results: list[Result]) -> str:
             notes = [bar and f"{bar}: {'met' if met else 'MISSED'}"]
             if who == "product":
                 notes.insert(0, f"ours reach {result.share():.0%} of its rate")
+            if result.is_chosen() and who == result.case.choice.peer:
+                notes.append(f"ours are {result.gain():.2f} times as fast: to be chosen")
             lines.append(
                 line(
                     who,
@@ -301,6 +339,8 @@ def summary(results: list[Result]) -> str:
         ]
         if "ours" in result.extra:
             cells.append(f"{result.extra['ours'] / MIB:.0f} MiB")
+        if result.is_chosen():
+            cells.append(f"{result.gain():.2f} times as fast as {result.case.choice.peer}")
         cells += [f"MISSED: {bar}" for bar, met in result.verdicts().values() if not met]
         lines += [result.case.title, f"   {', '.join(cells)}"]
     return "\n".join(lines)
@@ -328,6 +368,23 @@ def medians(results: list[Result]) -> dict[str, tuple[str, bool]]:
         text = f"median over {len(cases)} {median.title}, ours to {median.peer}: {told}: {verdict}"
         found[median.title] = text, met
     return found
+
+
+def choices(results: list[Result]) -> list[dict[str, str | float | bool]]:
+    """Of every case that decides between backends: how many times as fast ours is, and whether that
+    is enough."""
+    return [
+        {
+            "op": result.case.choice.op,
+            "dtype": result.case.choice.dtype,
+            "width": result.case.choice.width,
+            "case": result.case.title,
+            f"{result.case.choice.peer}_to_ours": result.gain(),
+            "chosen": result.is_chosen(),
+        }
+        for result in results
+        if result.gain() is not None
+    ]
 
 
 def line(who: str, *cells: str) -> str:

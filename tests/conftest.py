@@ -19,9 +19,9 @@ from torch import Tensor
 
 # Triton's interpreter runs its kernels on the CPU. It is for the whole process, since idml_fast
 # reads this when it is imported, and Triton when it meets a kernel. Where there is a GPU the
-# kernels are compiled for it: tests/test_gpu.py is theirs there.
+# kernels are compiled for it: tests/test_gpu*.py are theirs there.
 if torch.cuda.is_available():
-    collect_ignore_glob = ["test_triton*.py"]
+    collect_ignore_glob = ["test_triton*.py", "test_cuda.py"]
 else:
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -52,6 +52,29 @@ GPU_CASES = {
 }
 
 
+# What the CUDA kernels are measured on, and the peers beside Triton.
+CUDA_CASES = {
+    "rowstats": ("multi_similarity", (), BACKWARD | {"sets": "two sets"}),
+    "pairwise": ("scores", ("store",), {"passes": "forward"}),
+    "nearest": ("search", (), {"k": 5, "chunk": 16}),
+}
+
+
+@pytest.mark.parametrize("name", CUDA_CASES)
+def test_backends_on_a_gpu_compute_the_same(race, monkeypatch, name):
+    bench_gpu = importlib.import_module("bench_gpu")
+    stand_ins = {"ours": "reference", "triton": "cpu"}
+    for constant, value in {"DEVICE": "cpu", "PRODUCT": 64, "BACKENDS": stand_ins}.items():
+        monkeypatch.setattr(bench_gpu, constant, value)
+    build, peers, options = CUDA_CASES[name]
+    build = partial(getattr(bench_gpu, build), width=24, dtype=torch.float64, **options)
+    peers = "product", "triton", *peers
+    found = {who: run() for who, run in bench_gpu.by_backend(48, 30, peers, build=build).items()}
+    assert list(found) == ["ours", *peers]
+    assert found["product"] == found.get("store", ()) == ()
+    torch.testing.assert_close(found["triton"], found["ours"])
+
+
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_contestants_on_a_gpu_compute_the_same(race, monkeypatch, name):
     bench_gpu = importlib.import_module("bench_gpu")
@@ -136,6 +159,33 @@ def test_the_share_of_the_rate_of_a_product_and_a_peer_without_room(race):
         "a case",
         "   4.0 ms, 1.0 TFLOP/s, 25% of the product's, eager: no room, 3 MiB",
     ]
+
+
+@pytest.mark.parametrize(("store", "ratio"), [(0.001, 2.0), (0.004, 1.0)])
+def test_the_longer_of_products_and_stores_is_the_floor(race, store, ratio):
+    case = race.Case(
+        "a case", dict, (2, 2), ("product", "store"), flop=4e9, product_flop=8e9, floor_bar=1.15
+    )
+    seconds = {"ours": [0.004] * 3, "product": [0.004] * 3, "store": [store] * 3}
+    result = race.Result(case, seconds, {})
+    assert result.floor_ratio() == ratio
+    text = f"ours take {ratio:.2f} of the longer of both, at most 1.15"
+    assert result.verdicts() == {"store": (text, ratio == 1)}
+
+
+@pytest.mark.parametrize(
+    ("triton", "gain"), [([0.012, 0.0105, 0.01], 1.05), ([0.01] * 3, 1.0), ([], None)]
+)
+def test_a_faster_backend_is_told_and_recorded_but_no_bar(race, triton, gain):
+    choice = race.Choice("pairwise", "bf16", 512, "triton", 1.04)
+    case = race.Case("a case", dict, (2, 2), ("triton",), flop=4e9, choice=choice)
+    result = race.Result(case, {"ours": [0.01] * 3, "triton": triton}, {})
+    assert result.verdicts() == {}
+    assert ("1.05 times as fast" in race.table([result])) == (gain == 1.05)
+    assert ("1.05 times as fast as triton" in race.summary([result])) == (gain == 1.05)
+    about = {"op": "pairwise", "dtype": "bf16", "width": 512, "case": "a case"}
+    found = {"triton_to_ours": pytest.approx(gain), "chosen": gain == 1.05}
+    assert race.choices([result]) == ([] if gain is None else [about | found])
 
 
 def test_on_a_gpu_a_peer_without_room_has_no_time_and_ours_must_have_some(race, monkeypatch):
