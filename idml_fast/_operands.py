@@ -64,6 +64,8 @@ def beyond_cuda(embeddings: dict[str, Any], metric: Metric) -> list[str]:
         places = x.stride(0) * x.itemsize, x.storage_offset() * x.itemsize
         if x.stride(1) != 1 or any(place % 16 for place in places):
             asked.append(f"{name} whose rows do not begin at multiples of 16 bytes")
+        elif x.stride(0) < x.shape[1]:
+            asked.append(f"{name} whose rows overlap")
     return asked
 
 

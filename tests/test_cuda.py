@@ -273,6 +273,7 @@ def test_what_it_does_not_serve_is_said(gpu):
         "unc whose rows do not begin at multiples of 16 bytes": lambda: pairwise(
             sem, unc[:, :6].contiguous(), backend="cuda"
         ),
+        "sem whose rows overlap": lambda: pairwise(sem[:1].expand(4, 8), unc, backend="cuda"),
         "a histogram": lambda: rowstats(
             sem,
             unc,

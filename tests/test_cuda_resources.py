@@ -12,8 +12,8 @@ from idml_fast import backend
 
 pytestmark = pytest.mark.skipif(backend.GPU_MISSING is not None, reason=str(backend.GPU_MISSING))
 
-# Bytes of local memory that a thread may have: the kernels of the forwards have none. Those that take
-# again the few tiles with near-duplicates are not hot.
+# Bytes of local memory that a thread may have: the kernels of the forwards have none. Those that
+# take again the few tiles with near-duplicates are not hot.
 STACK = {"walk_tiles backward": 1152, "walk_again": 512}
 
 

@@ -182,15 +182,6 @@ def test_widths_need_not_be_whole(op, dtype):
     assert all(x.isfinite().all() for x in ours.values())
 
 
-@in_half
-def test_one_row_many_times(dtype):
-    """A stride of 0 is a multiple of 16 bytes too."""
-    inputs = drawn(140, 150, 72, 40, dtype=dtype)
-    inputs |= {name: strided(inputs[name], "one row expanded") for name in ("sem2", "unc2")}
-    copied = {name: x.contiguous() for name, x in inputs.items()}
-    assert torch.equal(pairwise(**inputs), pairwise(**copied))
-
-
 @pytest.mark.parametrize("layout", ["transposed", "every other row and column", "one row expanded"])
 @in_half
 def test_upstream_gradients_of_any_strides(layout, dtype):

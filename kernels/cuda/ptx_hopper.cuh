@@ -29,8 +29,13 @@ TensorMap map_of(const void* data, std::int64_t count, int width, std::int64_t s
   static const auto encode = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
     const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
                                                                12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
     if (error != cudaSuccess || found == nullptr)
       throw std::runtime_error("the driver has no cuTensorMapEncodeTiled (CUDA 12.0)");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);

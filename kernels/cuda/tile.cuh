@@ -136,7 +136,7 @@ struct View {
           inverses == 0 ? 1.0f : (found.alpha2 - difference * difference) * inverses * 0.5f;
     } else {
       found.alpha2 = scale - 2 * product;
-      near |= found.alpha2 < walk.limit * scale && !own;
+      near |= found.there && found.alpha2 < walk.limit * scale && !own;
       found.versine = 1 - product * inverses;
     }
     if (own)

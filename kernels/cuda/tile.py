@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from idml_fast._triton import configs, gradient, nearest, pairwise, rowstats, tile
 from torch import Tensor
 
 from idml_fast import _gpu
-from idml_fast._triton import configs, gradient, nearest, pairwise, rowstats, tile
 
 
 class Walk(tile.Walk):

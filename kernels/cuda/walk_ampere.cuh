@@ -217,11 +217,16 @@ __global__ void __launch_bounds__(Block::threads, 1)
 template <class T, Form FORM, class Epilogue>
 __global__ void __launch_bounds__(LargeBlock::threads, 1)
     walk_again(const Walk walk, const Epilogue epilogue) {
-  for (int program = blockIdx.x; program < walk.programs; program += gridDim.x) {
-    if (walk.flags[program] == 0)
-      continue;
-    __syncthreads();  // all have left the memory of the tile before
-    take_tile<T, FORM, true>(walk, epilogue, program);
+  // Every warp looks at the same flags, as many at a time as leave all blocks something to do.
+  const int lane = threadIdx.x % 32, each = (walk.programs + gridDim.x - 1) / gridDim.x;
+  const int together = each < 32 ? each : 32;
+  for (int first = blockIdx.x * together; first < walk.programs; first += gridDim.x * together) {
+    const int own = first + lane;
+    const bool flagged = lane < together && own < walk.programs && walk.flags[own] != 0;
+    for (unsigned left = __ballot_sync(0xffffffffu, flagged); left != 0; left &= left - 1) {
+      __syncthreads();  // all have left the memory of the tile before
+      take_tile<T, FORM, true>(walk, epilogue, first + __ffs(static_cast<int>(left)) - 1);
+    }
   }
 }
 

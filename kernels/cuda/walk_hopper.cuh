@@ -47,8 +47,8 @@ struct Maps {
 };
 
 // beta^2 of a thread's pairs, in 16 bits each: both products would not fit the registers. In units
-// of 2^-13 of the largest ||u||^2 of the tile's items, of which it is four times as much at most,
-// it is a float16 that keeps 11 bits down to 2^-27 of that.
+// of 2^-12 of the largest ||u||^2 of the tile's items, made a power of two, it is a float16 of 2^15
+// at most, and keeps 11 bits down to 2^-26 of that.
 struct Squares {
   std::uint32_t of[Group::ROWS / 2][Group::COLS / 2][2];
   float unit;
@@ -57,7 +57,7 @@ struct Squares {
     float largest = 0;
     for (const float x : memory.largest)
       largest = x > largest ? x : largest;
-    return largest * 0x1p-13f;
+    return bits_as<float>(bits_as<std::uint32_t>(largest) & 0x7f800000u) * 0x1p-12f;
   }
 
   __device__ __forceinline__ float at(int i, int j) const {

@@ -233,6 +233,21 @@ inline void __syncthreads() {
                   "__syncthreads", {}, [](auto&, auto&) {});
 }
 
+inline unsigned __ballot_sync(unsigned, int value) {
+  return emulation::meet_warp("__ballot_sync", {static_cast<std::uint32_t>(value != 0)},
+                              [](const auto& brought, auto& out) {
+                                std::uint32_t all = 0;
+                                for (int lane = 0; lane < 32; ++lane)
+                                  all |= brought[lane][0] << lane;
+                                for (auto& x : out)
+                                  x = {all};
+                              })[0];
+}
+
+inline int __ffs(int bits) {
+  return __builtin_ffs(bits);
+}
+
 inline int __any_sync(unsigned, int value) {
   return emulation::meet_warp("__any_sync", {static_cast<std::uint32_t>(value)},
                               [](const auto& brought, auto& out) {
