@@ -61,8 +61,9 @@ def beyond_cuda(embeddings: dict[str, Any], metric: Metric) -> list[str]:
     for name, x in embeddings.items():
         if not isinstance(x, Tensor):
             continue
-        places = x.stride(0) * x.itemsize, x.storage_offset() * x.itemsize
-        if x.stride(1) != 1 or any(place % 16 for place in places):
+        # torch.compile cannot trace where a tensor begins; the launcher sees to that once more.
+        begin = 0 if torch.compiler.is_compiling() else x.storage_offset()
+        if x.stride(1) != 1 or any(k * x.itemsize % 16 for k in (begin, x.stride(0))):
             asked.append(f"{name} whose rows do not begin at multiples of 16 bytes")
         elif x.stride(0) < x.shape[1]:
             asked.append(f"{name} whose rows overlap")
