@@ -34,14 +34,18 @@ each_half = pytest.mark.parametrize("dtype", HALVES, ids=["bf16", "fp16"])
 @pytest.fixture(scope="session")
 def native(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The module `_gpu`, compiled for the emulation once for all of pytest's processes."""
-    folder = tmp_path_factory.getbasetemp().parent / "emulated"
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder /= "emulated"
     folder.mkdir(exist_ok=True)
     path = folder / f"_gpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             compile_emulation(folder, path)
-    spec = importlib.util.spec_from_file_location("idml_fast._gpu", path)
+    # By another name than that of the module for GPUs, which may have been imported.
+    spec = importlib.util.spec_from_file_location("emulated._gpu", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

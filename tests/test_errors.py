@@ -270,10 +270,10 @@ MISTAKES = {
         ValueError,
         "backend must be one of 'cuda', 'triton', 'cpu', 'reference', got 'gpu'",
     ),
-    "backend without a kernel": (
+    "backend for another device": (
         pairs(backend="cuda"),
         RuntimeError,
-        "backend 'cuda' cannot serve pairwise here: it has no kernel for this operation yet",
+        "backend 'cuda' cannot serve pairwise here: it serves tensors on a GPU, not on cpu",
     ),
     "backend of rowstats unknown": (
         stats(backend="gpu"),
