@@ -26,8 +26,6 @@ NAME = re.compile(
     rf"I(?P<dtype>{'|'.join(DTYPES)})LNS_4FormE(?P<form>\d)E.*"
     r"\d(?P<epilogue>StoreKeys|Store|Load|Reduce|Differentiate)[EI]"
 )
-# It has no code for Hopper.
-EMPTY = "amperewalk_tiles"
 EPILOGUES = {
     "Store": "pairwise",
     "Load": "pairwise backward",
@@ -67,8 +65,12 @@ def rows() -> Iterator[Row]:
         products[architecture, name] += bool(re.search(r"\bHG?MMA\b", line))
     for architecture, name, line in _lines("-res-usage", r"Function (\S+):"):
         used = re.match(r"\s*REG:(\d+) STACK:(\d+)", line)
+        if used is None:
+            continue
         kernel = NAME.search(name)
-        if used is None or (architecture == "90a" and kernel["walk"] + kernel["kernel"] == EMPTY):
+        # Hopper has a walk over all tiles of its own, where the other one is empty, and vice versa.
+        elsewhere = (kernel["walk"] == "hopper") != (architecture == "90a")
+        if kernel["kernel"] == "walk_tiles" and elsewhere:
             continue
         yield Row(
             architecture,
