@@ -24,6 +24,8 @@ from ._operands import (
 from .metric import Metric
 from .stats import Extremum, Histogram, Statistic
 
+MOST_FOR_CUDA = 4  # statistics at a time, MOST_STATISTICS in kernels/cuda/launch.h
+
 
 def rowstats(
     sem: Tensor,  # [N, Ds]
@@ -88,8 +90,8 @@ def rowstats(
     asked = beyond_cuda(given, metric)
     if any(isinstance(stat, Histogram) for stat in stats.values()):
         asked.append("a histogram")
-    if len(stats) > 4:
-        asked.append("more than 4 statistics")
+    if len(stats) > MOST_FOR_CUDA:
+        asked.append(f"more than {MOST_FOR_CUDA} statistics")
     served = backends.choose("rowstats", sem, backend, asked)
     if served == "reference":
         scores = reference.pairwise(sem, unc, sem2, unc2, metric=metric)

@@ -24,6 +24,7 @@ from test_triton_rowstats import assert_reduces_its_scores
 
 import idml_fast
 from idml_fast import Metric, backend, nearest, pairwise, rowstats, stats
+from idml_fast.rowstats import MOST_FOR_CUDA
 
 FLOAT, HALVES = torch.float32, (torch.bfloat16, torch.float16)
 two_sets_and_self = pytest.mark.parametrize("m", [150, None], ids=["two sets", "self"])
@@ -268,6 +269,7 @@ def padded(x):
 
 
 def test_what_it_does_not_serve_is_said(gpu):
+    assert idml_fast._gpu.MOST_STATISTICS == MOST_FOR_CUDA == 4
     sem, unc = torch.randn(4, 8), torch.randn(4, 8)
     labels = torch.tensor([0, 0, 1, 1])
     calls = {
@@ -309,5 +311,6 @@ def test_an_error_names_the_kernel_and_its_shape(gpu):
     sem = torch.from_numpy(memory.numpy()[1:].reshape(4, 8))  # PyTorch knows of no offset
     if sem.data_ptr() % 16 == 0:
         pytest.fail("the memory of this test should not be aligned")
-    with pytest.raises(RuntimeError, match="must begin at multiples of 16 bytes"):
+    told = "the CUDA kernel pairwise of 4 x 4 pairs: embeddings must begin at multiples of 16 bytes"
+    with pytest.raises(RuntimeError, match=f"^{told}$"):
         pairwise(sem, sem, backend="cuda")

@@ -33,16 +33,16 @@ class Walk(tile.Walk):
         programs = self.programs(chunk)
         flags = torch.empty(programs, dtype=torch.int8, device=self.device)
         inverse_tau, gamma, _ = (0.0, 0.0, None) if self.metric[0] is None else self.metric
-        walk = _gpu.Walk(
-            *(_items(*x) for x in self.measured),
-            *(str(self.dtype).removeprefix("torch."), self.form, inverse_tau, gamma),
-            *(chunk.rows.start, chunk.rows.stop, chunk.cols.start, chunk.cols.stop),
-            *(self.own, self.symmetric, chunk.triangle),
-            *(configs.near_of(self.dtype, "tf32"), programs, flags.data_ptr()),
-        )
         name, native = EPILOGUES[epilogue, upstream](arguments, statistics)
         with on_device(self.device) as stream:
             try:
+                walk = _gpu.Walk(
+                    *(_items(*x) for x in self.measured),
+                    *(str(self.dtype).removeprefix("torch."), self.form, inverse_tau, gamma),
+                    *(chunk.rows.start, chunk.rows.stop, chunk.cols.start, chunk.cols.stop),
+                    *(self.own, self.symmetric, chunk.triangle),
+                    *(configs.near_of(self.dtype, "tf32"), programs, flags.data_ptr()),
+                )
                 getattr(_gpu, name)(walk, *native, stream)
             except RuntimeError as error:
                 n, m = chunk.shape
@@ -66,7 +66,7 @@ def _items(
     if x is None:
         return _gpu.Items()
     if x.data_ptr() % 16:
-        raise RuntimeError("embeddings for a CUDA kernel must begin at multiples of 16 bytes")
+        raise RuntimeError("embeddings must begin at multiples of 16 bytes")
     return _gpu.Items(x.data_ptr(), squares.data_ptr(), stride, x.shape[1])
 
 

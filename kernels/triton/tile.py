@@ -57,8 +57,8 @@ class Walk:
     not so with ``mirrored=False``.
     """
 
-    # The most tiles that a problem of few may have, see `FEW_TILES`; and whether a tile that knows
-    # all of its rows' columns gives the results itself.
+    # Whether a tile may do all that its rows need: in a problem of few tiles take their norms and
+    # see to near pairs, and give the results if it has all of the columns.
     finishes = True
 
     def __init__(
