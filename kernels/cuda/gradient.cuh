@@ -7,110 +7,141 @@
 
 namespace idml::cuda {
 
-// `upstream(view)` puts the upstream gradient of a tile's scores into memory, with that of their
-// mirror image where the tile stands for it.
+// A pair in registers is named in the code, once for every pair of a thread. The weights would be
+// far too much code for that, and take too many registers beside. So the pairs of half a tile go
+// through shared memory, and threads take them from there in a loop, a row each.
+//
+// `upstream` knows the upstream gradient of scores: `load_tile(view, memory)` and, for the strip of
+// columns from `first` on, `load_strip(view, memory, first)` put into memory what
+// `of_pair(view, memory, row, col, pair)` has to look up.
 template <class T, class Upstream>
 struct Weigh {
   WeightsTo to;
   Upstream upstream;
 
-  // Of each item, what the warps have that share its pairs.
+  static constexpr int HALF = TILE / 2;
+
+  // What an item's own embeddings are multiplied by.
+  struct Diagonal {
+    float sem, unc;
+  };
+
+  // Beside the numbers of half a tile: `sem` in its columns, `unc` in HALF columns more.
   template <class Team>
-  struct OfWarps {
-    float sem_rows[Team::warps_across][TILE], unc_rows[Team::warps_across][TILE];
-    float sem_cols[Team::warps_down][TILE], unc_cols[Team::warps_down][TILE];
+  struct Memory {
+    typename Upstream::Memory upstream;
+    // Of each item, what the threads and the warps have that share it.
+    Diagonal rows[HELPERS<Team>][TILE];
+    Diagonal cols[HELPERS<Team> * TILE / 32][HALF];
   };
 
   template <class View>
   __device__ __forceinline__ void operator()(View& view) const {
     using Team = typename View::Team;
-    upstream(view);
-    view.team.sync();
-    view.begin_again();
-    weigh(view);
-    view.team.sync();
+    const Team& team = view.team;
     const Here& here = view.here;
-    const auto& sums = view.memory.template beside<OfWarps<Team>>();
-    const std::int64_t row = static_cast<std::int64_t>(here.tile_row) * TILE;
-    const std::int64_t col = static_cast<std::int64_t>(here.tile_col) * TILE;
-    const auto add_up = [&](const auto& of_warps, float* memory, std::int64_t first, int count) {
-      if (memory == nullptr)
-        return;
-      for (int k = view.team.thread; k < count; k += Team::threads) {
-        float sum = 0;
-        for (const auto& of_items : of_warps)
-          sum += of_items[k];
-        memory[first + k] = sum;
-      }
-    };
-    add_up(sums.sem_rows, to.sem_rows, here.tile_col * to.rows_stride + row, here.rows);
-    add_up(sums.unc_rows, to.unc_rows, here.tile_col * to.rows_stride + row, here.rows);
-    if (!(view.walk.symmetric && here.on_diagonal)) {  // there, these are rows of the same tiles
-      add_up(sums.sem_cols, to.sem_cols, here.tile_row * to.cols_stride + col, here.cols);
-      add_up(sums.unc_cols, to.unc_cols, here.tile_row * to.cols_stride + col, here.cols);
-    }
-    if (to.unc != nullptr)
-      store_tile(view, static_cast<T*>(to.unc), to.stride, row, col, to.mirrored);
-    if (to.sem == nullptr)
-      return;
-    view.team.sync();
-    view.begin_again();
-    for_pairs<Team>([&](int i, int j) {
-      view.number(view.team.row(i), view.team.col(j)) = of_pair(view.sem, i, j);
-    });
-    view.team.sync();
-    store_tile(view, static_cast<T*>(to.sem), to.stride, row, col, to.mirrored);
+    auto& memory = view.memory.template beside<Memory<Team>>();
+    upstream.load_tile(view, memory.upstream);
+    Diagonal of_row{0, 0};
+    weigh_half<0>(view, memory, of_row);
+    weigh_half<HALF>(view, memory, of_row);
+    if (team.thread < HELPERS<Team> * TILE)
+      memory.rows[team.thread / TILE][team.thread % TILE] = of_row;
+    team.sync();
+    add_up(team, memory.rows, to.sem_rows, to.unc_rows,
+           here.tile_col * to.rows_stride + std::int64_t{here.tile_row} * TILE, here.rows);
   }
 
-  // Leaves the weights of `unc` in memory, those of `sem` in place of the products.
-  template <class View>
-  __device__ __forceinline__ void weigh(View& view) const {
+  // The weights of the columns from FIRST on.
+  template <int FIRST, class View, class Memory>
+  __device__ __forceinline__ void weigh_half(View& view, Memory& memory, Diagonal& of_row) const {
     using Team = typename View::Team;
     const Team& team = view.team;
-    const Metric<float> metric{view.walk.inverse_tau, view.walk.gamma};
-    auto& sums = view.memory.template beside<OfWarps<Team>>();
-    float sem_rows[Team::ROWS] = {}, unc_rows[Team::ROWS] = {};
+    const Here& here = view.here;
+    team.sync();  // all have left the half before
+    constexpr int BEGIN = FIRST * Team::COLS / TILE;
 #pragma unroll
-    for (int j = 0; j < Team::COLS; ++j) {
-      float sem_col = 0, unc_col = 0;
+    for (int j = BEGIN; j < BEGIN + Team::COLS / 2; ++j) {
 #pragma unroll
       for (int i = 0; i < Team::ROWS; ++i) {
-        const Pair pair = view.pair(i, j);
-        float& number = view.number(team.row(i), team.col(j));
-        const float incoming = number;
-        const auto found = weights<View::form>(pair.alpha2, pair.beta2, pair.versine,
-                                               pair.inverse_row, pair.inverse_col, metric);
-        const auto share = [&](float weight) { return pair.there ? incoming * weight : 0.0f; };
-        // Rounded before they are summed, so that what two near items do to each other cancels.
-        const float product = to_float(rounded<T>(share(found.product)));
-        const float sum = to_float(rounded<T>(share(found.sum)));
-        constexpr bool distance = View::form == Form::distance;
-        of_pair(view.sem, i, j) = product;
-        number = sum;
-        sem_rows[i] += distance ? -product : share(found.diagonal_row);
-        sem_col += distance ? -product : share(found.diagonal_col);
-        unc_rows[i] += sum;
-        unc_col += sum;
+        view.number(team.row(i), team.col(j) - FIRST) = cuda::of_pair(view.sem, i, j);
+        view.number(team.row(i), team.col(j) - FIRST + HALF) = view.unc.at(i, j);
       }
-      // All lanes with the same column write the same: a branch would be taken once for all
-      // columns, whose sums would have to be kept till then.
-      sums.sem_cols[team.down][team.col(j)] = sum_of_lanes<4, 32>(sem_col);
-      sums.unc_cols[team.down][team.col(j)] = sum_of_lanes<4, 32>(unc_col);
     }
-#pragma unroll
-    for (int i = 0; i < Team::ROWS; ++i) {
-      sums.sem_rows[team.across][team.row(i)] = sum_of_lanes<1, 4>(sem_rows[i]);
-      sums.unc_rows[team.across][team.row(i)] = sum_of_lanes<1, 4>(unc_rows[i]);
+#pragma unroll 1
+    for (int strip = 0; strip < HALF; strip += STRIP) {
+      upstream.load_strip(view, memory.upstream, FIRST + strip);
+      team.sync();
+      weigh_strip<FIRST>(view, memory, strip, of_row);
     }
+    team.sync();
+    const std::int64_t row = std::int64_t{here.tile_row} * TILE;
+    const std::int64_t col = std::int64_t{here.tile_col} * TILE;
+    if (!(view.walk.symmetric && here.on_diagonal))  // there, these are rows of the same tiles
+      add_up(team, memory.cols, to.sem_cols, to.unc_cols,
+             here.tile_row * to.cols_stride + col + FIRST, here.cols - FIRST);
+    const auto store = [&](void* matrix, int number) {
+      if (matrix != nullptr)
+        store_tile(view, Strips<HALF / STRIP>{FIRST, number}, static_cast<T*>(matrix), to.stride,
+                   row, col, to.mirrored);
+    };
+    store(to.sem, 0);
+    store(to.unc, HALF);
   }
 
-  // The sum of the lanes whose numbers differ in the bits from FIRST up to LAST only.
-  template <int FIRST, int LAST>
-  static __device__ __forceinline__ float sum_of_lanes(float x) {
-#pragma unroll
-    for (int other = FIRST; other < LAST; other *= 2)
-      x += __shfl_xor_sync(0xffffffffu, x, other);
-    return x;
+  // Leaves the weights of a strip in place of the products. At every step all lanes of a warp have
+  // another row and another column.
+  template <int FIRST, class View, class Memory>
+  __device__ __forceinline__ void weigh_strip(View& view, Memory& memory, int strip,
+                                              Diagonal& of_row) const {
+    using Team = typename View::Team;
+    constexpr int STEPS = STRIP / HELPERS<Team>;
+    const Metric<float> metric{view.walk.inverse_tau, view.walk.gamma};
+    const int helper = view.team.thread / TILE, row = view.team.thread % TILE;
+    if (helper >= HELPERS<Team>)
+      return;
+    const int first = (helper * STEPS) ^ view.team.lane;
+    Diagonal of_col{0, 0};
+#pragma unroll 4
+    for (int step = 0; step < STEPS; ++step) {
+      const int at = strip + (first ^ step), col = FIRST + at;
+      float &product = view.number(row, at), &sum = view.number(row, at + HALF);
+      const Pair pair = view.pair(row, col, product, sum);
+      const float incoming = upstream.of_pair(view, memory.upstream, row, col, pair);
+      const auto found = weights<View::form>(pair.alpha2, pair.beta2, pair.versine,
+                                             pair.inverse_row, pair.inverse_col, metric);
+      const auto share = [&](float weight) { return pair.there ? incoming * weight : 0.0f; };
+      // Rounded before they are summed, so that what two near items do to each other cancels.
+      product = to_float(rounded<T>(share(found.product)));
+      sum = to_float(rounded<T>(share(found.sum)));
+      constexpr bool distance = View::form == Form::distance;
+      of_row.sem += distance ? -product : share(found.diagonal_row);
+      of_row.unc += sum;
+      of_col.sem += distance ? -product : share(found.diagonal_col);
+      of_col.unc += sum;
+      // On to the lane that has the column next; in the end, to the one that has had it first.
+      const int next = (step ^ (step + 1)) % STEPS;
+      of_col.sem = __shfl_xor_sync(0xffffffffu, of_col.sem, next);
+      of_col.unc = __shfl_xor_sync(0xffffffffu, of_col.unc, next);
+    }
+    memory.cols[view.team.thread / 32][strip + first] = of_col;
+  }
+
+  template <class Team, class OfItems>
+  static __device__ __forceinline__ void add_up(const Team& team, const OfItems& shares, float* sem,
+                                                float* unc, std::int64_t first, int count) {
+    constexpr int ITEMS = sizeof(shares[0]) / sizeof(Diagonal);
+    for (int k = team.thread; k < ITEMS && k < count; k += Team::threads) {
+      Diagonal sum{0, 0};
+      for (const auto& of_items : shares) {
+        sum.sem += of_items[k].sem;
+        sum.unc += of_items[k].unc;
+      }
+      if (sem != nullptr)
+        sem[first + k] = sum.sem;
+      if (unc != nullptr)
+        unc[first + k] = sum.unc;
+    }
   }
 };
 

@@ -11,6 +11,9 @@ namespace idml::cuda {
 // Rows and columns of a tile.
 constexpr int TILE = 128;
 
+// Columns of a tile that lie side by side: as many as a warp has lanes.
+constexpr int STRIP = 32;
+
 // A line of shared memory: what one step takes of an item's features, in pieces of 16 bytes.
 constexpr int LINE = 128;
 constexpr int PIECE = 16;
@@ -22,13 +25,16 @@ IDML_INLINE int place_of_piece(int item, int piece) {
   return item * LINE + ((piece ^ (item % 8)) * PIECE);
 }
 
-// Where a tile keeps a number of a pair, in numbers. Another bank for each of 32 threads, whether
-// they have a row, a column, or what `mma` gives them: 8 rows and every second of 8 columns.
+// Where the number of a pair is, in numbers, among some strips of a tile. Another bank for each of
+// 32 threads, whether they have a row, a column, a diagonal (row r and column c ^ r), or what `mma`
+// gives them: 8 rows and every second of 8 columns.
+template <int STRIPS = TILE / STRIP>
 IDML_INLINE int place_of_number(int row, int col) {
-  return row * TILE + (col ^ (row % 4 * 8 + row / 4 % 8));
+  const int high = row / 4 % 8;
+  return row * (STRIPS * STRIP) + (col ^ (row % 4 * 8 + (high ^ high / 2)));
 }
 
-// The number with which a warp's lane begins when the warp copies a part of a tile to a matrix,
+// The number with which a warp's lane begins when the warp copies a part of a strip to a matrix,
 // WIDE numbers a lane; TRANSPOSED, if the matrix has the tile's columns as rows. Part by part they
 // go along 32 columns of the matrix and have every row of it once, no bank twice.
 struct Begin {
@@ -37,18 +43,15 @@ struct Begin {
 
 template <int WIDE, bool TRANSPOSED>
 IDML_INLINE Begin begin_of_part(int part, int lane) {
-  constexpr int STEPS = 32 / WIDE;
-  const int col = part % (TILE / 32) * 32 + lane / WIDE * WIDE;
-  const int down = part / (TILE / 32), across = lane % WIDE;
-  if (TRANSPOSED) {
-    const int within = across % 4 * 8 + across / 4 + down % STEPS * (WIDE / 4);
-    return {down / STEPS * 32 + within, col};
-  }
-  return {down / 4 * 4 * WIDE + across * 4 + down % 4, col};
+  constexpr int STEPS = STRIP / WIDE;
+  const int across = lane % WIDE, col = lane / WIDE * WIDE;
+  if (TRANSPOSED)
+    return {across % 4 * 8 + across / 4 + part % STEPS * (WIDE / 4), part / STEPS * STRIP + col};
+  return {part / 4 * 4 * WIDE + across * 4 + part % 4, col};
 }
 
 template <int WIDE>
-constexpr int PARTS = TILE * TILE / (32 * WIDE);
+constexpr int PARTS = TILE * STRIP / (32 * WIDE);
 
 struct TilePlace {
   int row, col;
@@ -83,7 +86,7 @@ IDML_INLINE TilePlace place_of_tile(int program, int row_tiles, int col_tiles, b
 // How the warps of a tile share its pairs: a thread has ROWS x COLS, in blocks of 8 x 2, as `mma`
 // and `wgmma` leave them. Four lanes have the same rows, eight the same columns; so have warps. Two
 // blocks of 8 rows are side by side; the next two are BLOCK_PITCH rows on, those of the next warp
-// WARP_PITCH.
+// WARP_PITCH. Blocks of columns are every warp's in turn, so that each has a part of every strip.
 template <int WARPS_DOWN, int WARPS_ACROSS, int BLOCK_PITCH, int WARP_PITCH>
 struct Share {
   static constexpr int threads = 32 * WARPS_DOWN * WARPS_ACROSS;
@@ -102,7 +105,7 @@ struct Share {
     return down * WARP_PITCH + i / 2 * BLOCK_PITCH + i % 2 * 8 + lane / 4;
   }
   IDML_INLINE int col(int j) const {
-    return across * (TILE / WARPS_ACROSS) + j / 2 * 8 + lane % 4 * 2 + j % 2;
+    return (j / 2 * WARPS_ACROSS + across) * 8 + lane % 4 * 2 + j % 2;
   }
 };
 

@@ -41,7 +41,7 @@ struct StoreKeys {
     });
     team.sync();
     // As bits: what is copied are integers.
-    store_tile(view, reinterpret_cast<float*>(keys.data), keys.stride,
+    store_tile(view, WHOLE, reinterpret_cast<float*>(keys.data), keys.stride,
                static_cast<std::int64_t>(here.tile_row) * TILE,
                static_cast<std::int64_t>(here.tile_col) * TILE, false);
   }

@@ -15,11 +15,6 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return memory;
 }
 
-// No instruction: the compiler keeps nothing that it has made of a number before this.
-__device__ __forceinline__ void forget(int& x) {
-  asm volatile("" : "+r"(x));
-}
-
 __device__ __forceinline__ std::uint32_t address_of(const void* shared) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
 }

@@ -21,7 +21,8 @@ struct Reduce {
   template <class View>
   __device__ __forceinline__ void operator()(View& view) const {
     put_scores(view);
-    Tables& tables = load_tables(view, statistics);
+    Tables& tables = view.memory.template beside<Tables>();
+    load_tables(view, tables, statistics);
     view.team.sync();
     reduce<false>(view, tables.rows, tables.cols);
     if (view.walk.symmetric && !view.here.on_diagonal)
@@ -156,43 +157,48 @@ struct Reduce {
   }
 };
 
-// The upstream gradient of a tile's scores: of the statistics of its rows, and of those of its
-// columns if these are items as well.
+// The upstream gradient of scores: of the statistics of their rows, and of those of their columns
+// if these are items as well.
 struct Differentiate {
   Statistics statistics;
   Learned learned;
 
+  using Memory = Tables;
+
   template <class View>
-  __device__ __forceinline__ void operator()(View& view) const {
-    using Team = typename View::Team;
-    const Here& here = view.here;
-    put_scores(view);
-    Tables& tables = load_tables(view, statistics);
-    load_learned(view.team, tables.rows, here.first_row, here.rows);
+  __device__ __forceinline__ void load_tile(View& view, Tables& tables) const {
+    load_tables(view, tables, statistics);
+    load_learned(view.team, tables.rows, view.here.first_row, view.here.rows);
     if (view.walk.symmetric)
-      load_learned(view.team, tables.cols, here.first_col, here.cols);
-    view.team.sync();
-    const int row = view.team.thread % TILE, begin = view.team.thread / TILE * PART<Team>;
-    const int own = view.walk.symmetric ? row - here.own : -1;
-    for (int col = begin; col < TILE && col < begin + PART<Team>; ++col) {
-      float& number = view.number(row, col);
-      const float score = number;
-      const bool same = tables.rows.label[row] == tables.cols.label[col];
-      float found = 0;
-      for (int s = 0; s < statistics.count; ++s) {
-        const Statistic& statistic = statistics.of[s];
-        if (statistic.value < 0)
-          continue;
-        const float x = raised(score, statistic.power);
-        float slope = derivative(statistic, s, tables.rows, row, x, same, here.first_col + col);
-        if (view.walk.symmetric)
-          slope += derivative(statistic, s, tables.cols, col, x, same, here.first_row + row);
-        if (statistic.power != 1)  // nothing for identical items
-          slope = score == 0 ? 0.0f : slope * statistic.power * raised(score, statistic.power - 1);
-        found += slope;
-      }
-      number = col == own ? 0.0f : found;
+      load_learned(view.team, tables.cols, view.here.first_col, view.here.cols);
+  }
+
+  template <class View>
+  __device__ __forceinline__ void load_strip(View&, Tables&, int) const {}
+
+  template <class View>
+  __device__ __forceinline__ float of_pair(View& view, const Tables& tables, int row, int col,
+                                           const Pair& pair) const {
+    const bool symmetric = view.walk.symmetric;
+    if (symmetric && row - col == view.here.own)
+      return 0;
+    const Metric<float> metric{view.walk.inverse_tau, view.walk.gamma};
+    const float found = score<View::form>(pair.alpha2, pair.beta2, pair.versine, metric);
+    const bool same = tables.rows.label[row] == tables.cols.label[col];
+    float sum = 0;
+    for (int s = 0; s < statistics.count; ++s) {
+      const Statistic& statistic = statistics.of[s];
+      if (statistic.value < 0)
+        continue;
+      const float x = raised(found, statistic.power);
+      float slope = derivative(statistic, s, tables.rows, row, x, same, view.here.first_col + col);
+      if (symmetric)
+        slope += derivative(statistic, s, tables.cols, col, x, same, view.here.first_row + row);
+      if (statistic.power != 1)  // nothing for identical items
+        slope = found == 0 ? 0.0f : slope * statistic.power * raised(found, statistic.power - 1);
+      sum += slope;
     }
+    return sum;
   }
 
   template <class Team>

@@ -21,9 +21,7 @@ struct Tables {
   Table rows, cols;
 };
 
-// Threads of an item, each with a part of the others; of a large team some have none.
-template <class Team>
-constexpr int HELPERS = Team::threads > TILE ? 2 : 1;
+// Of an item's others, those that one thread looks at.
 template <class Team>
 constexpr int PART = TILE / HELPERS<Team>;
 
@@ -63,13 +61,13 @@ __device__ __forceinline__ void load_table(const Team& team, Table& table,
 }
 
 template <class View>
-__device__ __forceinline__ Tables& load_tables(View& view, const Statistics& statistics) {
-  Tables& found = view.memory.template beside<Tables>();
+__device__ __forceinline__ void load_tables(View& view, Tables& tables,
+                                            const Statistics& statistics) {
   const Here& here = view.here;
-  load_table(view.team, found.rows, statistics, statistics.labels, here.first_row, here.rows, true);
-  load_table(view.team, found.cols, statistics, statistics.labels2, here.first_col, here.cols,
+  load_table(view.team, tables.rows, statistics, statistics.labels, here.first_row, here.rows,
+             true);
+  load_table(view.team, tables.cols, statistics, statistics.labels2, here.first_col, here.cols,
              view.walk.symmetric);
-  return found;
 }
 
 }  // namespace idml::cuda

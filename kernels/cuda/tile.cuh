@@ -13,7 +13,7 @@ namespace idml::cuda {
 
 // One number for every pair of a thread, where the matrix units leave their sums.
 template <class Team>
-using Sums = float[Team::ROWS / 2][Team::COLS / 2][4];
+using Accumulators = float[Team::ROWS / 2][Team::COLS / 2][4];
 
 template <class Block>
 __device__ __forceinline__ auto& of_pair(Block& sums, int i, int j) {
@@ -29,7 +29,7 @@ struct Norms {
 // and some more.
 struct Workspace {
   float numbers[TILE * TILE];
-  alignas(PIECE) unsigned char more[23 << 10];
+  alignas(PIECE) unsigned char more[28 << 10];
 
   template <class T>
   __device__ __forceinline__ T& beside() {
@@ -37,6 +37,10 @@ struct Workspace {
     return *reinterpret_cast<T*>(more);
   }
 };
+
+// Threads of an item, where a thread has a row, or a part of it; of a large team some have none.
+template <class Team>
+constexpr int HELPERS = Team::threads > TILE ? 2 : 1;
 
 // Where a tile is.
 struct Here {
@@ -112,20 +116,24 @@ struct View {
   const Norms& rows;
   const Norms& cols;
   Workspace& memory;
-  Sums<Team>& sem;
+  Accumulators<Team>& sem;
   const Squares& unc;
   bool near;  // a pair has cancelled
 
-  // The pair of the thread's row i and column j. `versine` and what follows it are for the cosine
-  // forms only.
+  // The pair of the thread's row i and column j.
   __device__ __forceinline__ Pair pair(int i, int j) {
-    const int row = team.row(i), col = team.col(j);
+    return pair(team.row(i), team.col(j), of_pair(sem, i, j), unc.at(i, j));
+  }
+
+  // A pair that has this product of `sem`. `versine` and what follows it are for the cosine forms
+  // only.
+  __device__ __forceinline__ Pair pair(int row, int col, float product, float beta2) {
     const float row_sem = rows.sem[row], col_sem = cols.sem[col];
-    const float product = of_pair(sem, i, j), scale = row_sem + col_sem;
+    const float scale = row_sem + col_sem;
     const bool own = row - col == here.own;
     Pair found;
     found.there = row < here.rows && col < here.cols;
-    found.beta2 = unc.at(i, j);
+    found.beta2 = beta2;
     found.inverse_row = rows.inverse[row];
     found.inverse_col = cols.inverse[col];
     const float inverses = found.inverse_row * found.inverse_col;
@@ -145,10 +153,6 @@ struct View {
     found.versine = found.versine < 0 || found.alpha2 == 0 ? 0.0f : found.versine;
     return found;
   }
-
-  // Before all pairs are gone through once more: else what is the same again, such as the places of
-  // their numbers, would be kept, and there are no registers for that.
-  __device__ __forceinline__ void begin_again() { ptx::forget(team.lane); }
 
   // The number of a pair in memory.
   __device__ __forceinline__ float& number(int row, int col) const {
@@ -197,26 +201,38 @@ struct alignas(PIECE) Piece {
   std::uint32_t words[4];
 };
 
-// Writes the numbers in memory to a matrix that begins at the tile.
-template <bool TRANSPOSED, class T, class View>
-__device__ __forceinline__ void store_numbers(View& view, T* to, std::int64_t stride) {
+// Some of a tile's columns, STRIPS of them from `first` on, whose numbers in memory are in the
+// columns from `number` on.
+template <int STRIPS>
+struct Strips {
+  int first, number;
+};
+constexpr Strips<TILE / STRIP> WHOLE{0, 0};
+
+// Writes numbers in memory to a matrix that begins at the tile.
+template <bool TRANSPOSED, class T, int STRIPS, class View>
+__device__ __forceinline__ void store_numbers(View& view, Strips<STRIPS> strips, T* to,
+                                              std::int64_t stride) {
   constexpr int WIDE = PIECE / static_cast<int>(sizeof(T));
   struct Wide {
     T of[WIDE];
   };
-  const int rows = TRANSPOSED ? view.here.cols : view.here.rows;
-  const int cols = TRANSPOSED ? view.here.rows : view.here.cols;
+  const int rows = TRANSPOSED ? view.here.cols - strips.first : view.here.rows;
+  const int cols = TRANSPOSED ? view.here.rows : view.here.cols - strips.first;
+  to += strips.first * (TRANSPOSED ? stride : 1);
   const bool aligned = reinterpret_cast<std::uintptr_t>(to) % PIECE == 0 && stride % WIDE == 0;
-  for (int part = view.team.thread / 32; part < PARTS<WIDE>; part += View::Team::threads / 32) {
-    const Begin begin = begin_of_part<WIDE, TRANSPOSED>(part, view.team.lane);
+  const int parts = STRIPS * PARTS<WIDE>;
+  for (int part = view.team.thread / 32; part < parts; part += View::Team::threads / 32) {
+    Begin begin = begin_of_part<WIDE, TRANSPOSED>(part / STRIPS, view.team.lane);
+    (TRANSPOSED ? begin.row : begin.col) += part % STRIPS * STRIP;
     if (begin.row >= rows)
       continue;
     Wide found;
 #pragma unroll
     for (int k = 0; k < WIDE; ++k) {
       const int col = begin.col + k;
-      found.of[k] =
-          rounded<T>(TRANSPOSED ? view.number(col, begin.row) : view.number(begin.row, col));
+      found.of[k] = rounded<T>(TRANSPOSED ? view.number(col, strips.number + begin.row)
+                                          : view.number(begin.row, strips.number + col));
     }
     T* line = to + begin.row * stride + begin.col;
     if (aligned && begin.col + WIDE <= cols) {
@@ -231,12 +247,13 @@ __device__ __forceinline__ void store_numbers(View& view, T* to, std::int64_t st
 }
 
 // The same for a matrix that begins at the launch's first pair; and the mirror image.
-template <class T, class View>
-__device__ __forceinline__ void store_tile(View& view, T* matrix, std::int64_t stride,
-                                           std::int64_t row, std::int64_t col, bool mirrored) {
-  store_numbers<false>(view, matrix + row * stride + col, stride);
+template <class T, int STRIPS, class View>
+__device__ __forceinline__ void store_tile(View& view, Strips<STRIPS> strips, T* matrix,
+                                           std::int64_t stride, std::int64_t row, std::int64_t col,
+                                           bool mirrored) {
+  store_numbers<false>(view, strips, matrix + row * stride + col, stride);
   if (mirrored && !view.here.on_diagonal)
-    store_numbers<true>(view, matrix + col * stride + row, stride);
+    store_numbers<true>(view, strips, matrix + col * stride + row, stride);
 }
 
 }  // namespace idml::cuda

@@ -17,9 +17,12 @@ constexpr int LOOKING = 264;
 
 // All threads of a block share a tile.
 struct Block : Share<2, 4, 16, 64> {
-  static constexpr int warp_rows = TILE / warps_down, warp_cols = TILE / warps_across;
+  static constexpr int NEXT_COLS = 2 * 8 * warps_across;
   using Share::Share;
   __device__ __forceinline__ void sync() const { __syncthreads(); }
+  // The item whose address a lane gives: of 16 rows, and of two blocks of 8 columns.
+  IDML_INLINE int loaded_row() const { return row(0) - lane / 4 + lane % 16; }
+  IDML_INLINE int loaded_col() const { return (lane / 16 * warps_across + across) * 8 + lane % 8; }
 };
 
 // Those that take a tile again are as many as can be: there are no products to be shared.
@@ -42,7 +45,7 @@ static_assert(sizeof(Memory) <= 99 << 10, "");  // what Ada has
 // beta^2 of a thread's pairs.
 template <class Team>
 struct Squares {
-  Sums<Team> of;
+  Accumulators<Team> of;
   __device__ __forceinline__ float at(int i, int j) const { return of_pair(of, i, j); }
 };
 
@@ -72,13 +75,12 @@ __device__ __forceinline__ void load_lines(const Block& team, unsigned char* lin
 
 // sums += x . y over the features of one stage, 32 bytes at a time.
 template <class T>
-__device__ __forceinline__ void multiply_lines(const Block& team, Sums<Block>& sums,
+__device__ __forceinline__ void multiply_lines(const Block& team, Accumulators<Block>& sums,
                                                const unsigned char* rows,
                                                const unsigned char* cols) {
   // The item and the piece whose address this lane gives: of 16 rows and two pieces, of 16 columns
   // and two pieces, in the order in which `mma` wants the matrices.
-  const int row = team.down * Block::warp_rows + team.lane % 16;
-  const int col = team.across * Block::warp_cols + team.lane % 8 + team.lane / 16 * 8;
+  const int row = team.loaded_row(), col = team.loaded_col();
 #pragma unroll
   for (int piece = 0; piece < PIECES; piece += 2) {
     std::uint32_t a[Block::ROWS / 2][4], b[Block::COLS / 4][4];
@@ -87,7 +89,8 @@ __device__ __forceinline__ void multiply_lines(const Block& team, Sums<Block>& s
       ptx::load_matrices(a[i], rows + place_of_piece(row + 16 * i, piece + team.lane / 16));
 #pragma unroll
     for (int j = 0; j < Block::COLS / 4; ++j)
-      ptx::load_matrices(b[j], cols + place_of_piece(col + 16 * j, piece + team.lane / 8 % 2));
+      ptx::load_matrices(
+          b[j], cols + place_of_piece(col + Block::NEXT_COLS * j, piece + team.lane / 8 % 2));
     if constexpr (std::is_same_v<T, float>) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
@@ -110,8 +113,9 @@ __device__ __forceinline__ void multiply_lines(const Block& team, Sums<Block>& s
 
 // The products of `unc`, then those of `sem`, in one run of stages.
 template <class T>
-__device__ __forceinline__ void take_products(const Block& team, Sums<Block>& unc, Sums<Block>& sem,
-                                              const Walk& walk, Memory& memory, const Here& here) {
+__device__ __forceinline__ void take_products(const Block& team, Accumulators<Block>& unc,
+                                              Accumulators<Block>& sem, const Walk& walk,
+                                              Memory& memory, const Here& here) {
   const int unc_steps = steps_of<T>(walk.unc, walk.unc2);
   const int steps = unc_steps + steps_of<T>(walk.sem, walk.sem2);
   const auto load = [&](int step) {
@@ -127,7 +131,7 @@ __device__ __forceinline__ void take_products(const Block& team, Sums<Block>& un
   };
   for (int step = 0; step < STAGES - 1; ++step)
     load(step);
-  const auto take = [&](Sums<Block>& sums, int first, int last) {
+  const auto take = [&](Accumulators<Block>& sums, int first, int last) {
     for (int step = first; step < last; ++step) {
       ptx::wait_for_copies<STAGES - 2>();
       team.sync();  // all have this stage's lines, and have left the one that is filled next
@@ -143,7 +147,7 @@ __device__ __forceinline__ void take_products(const Block& team, Sums<Block>& un
 
 // The squares of differences themselves, for tiles in which products have cancelled.
 template <class T, class Team>
-__device__ __forceinline__ void take_differences(const Team& team, Sums<Team>& squares,
+__device__ __forceinline__ void take_differences(const Team& team, Accumulators<Team>& squares,
                                                  const Items& rows, const Items& cols, float sign,
                                                  const Here& here) {
   for (int feature = 0; feature < rows.width; ++feature) {
@@ -179,7 +183,7 @@ __device__ __forceinline__ void take_tile(const Walk& walk, const Epilogue& epil
   Memory& memory = *reinterpret_cast<Memory*>(ptx::shared_memory());
   load_norms(team, memory.rows, walk.sem, walk.unc, here.first_row, here.rows);
   load_norms(team, memory.cols, walk.sem2, walk.unc2, here.first_col, here.cols);
-  Sums<Team> sem = {};
+  Accumulators<Team> sem = {};
   Squares<Team> unc = {};
   const bool both = steps_of<T>(walk.unc, walk.unc2) > 0;
   if constexpr (AGAIN) {

@@ -1,6 +1,6 @@
-// The walk on Hopper: blocks that stay, each with a producer, which loads by TMA, and two groups of
-// four warps, which take tiles in turn. While the matrix units are at one group's products, the
-// other group is at its epilogue.
+// The walk on Hopper: blocks that stay, each with a producer, which loads by TMA, and two
+// warpgroups that take tiles in turn. While the matrix units are at one's products, the other is at
+// its epilogue.
 
 #pragma once
 
@@ -13,29 +13,29 @@
 namespace idml::cuda::hopper {
 
 constexpr int STAGES = 4;
-constexpr int GROUPS = 2;
-constexpr int GROUP_THREADS = 128;
-constexpr int THREADS = (1 + GROUPS) * GROUP_THREADS;
+constexpr int WARPGROUPS = 2;
+constexpr int WARPGROUP_THREADS = 128;
+constexpr int THREADS = (1 + WARPGROUPS) * WARPGROUP_THREADS;
 // Of a thread, once the producer's have given theirs up: 128 (24 + 2 x 240) <= 65536.
-constexpr int PRODUCER_REGISTERS = 24, GROUP_REGISTERS = 240;
+constexpr int PRODUCER_REGISTERS = 24, WARPGROUP_REGISTERS = 240;
 
 // Four warps share a tile: `wgmma` takes 64 rows at a time, 16 of them in each warp.
-struct Group : Share<4, 1, 64, 16> {
+struct Warpgroup : Share<4, 1, 64, 16> {
   static constexpr int HALVES = ROWS / 2;
   int number;
 
-  __device__ __forceinline__ Group(int thread, int number) : Share(thread), number(number) {}
+  __device__ __forceinline__ Warpgroup(int thread, int number) : Share(thread), number(number) {}
   __device__ __forceinline__ void sync() const { ptx::meet(1 + number, threads); }
 };
 
 struct Memory {
   unsigned char lines[STAGES][2][TILE * LINE];  // of rows and of columns
-  Workspace workspace;                          // the groups', in turn
-  struct OfGroup {
+  Workspace workspace;                          // the warpgroups', in turn
+  struct OfWarpgroup {
     Norms rows, cols;
-    Here here;                         // not in registers while the products are taken
-    float largest[Group::warps_down];  // finite ||u||^2 of what a warp has loaded
-  } groups[GROUPS];
+    Here here;                             // not in registers while the products are taken
+    float largest[Warpgroup::warps_down];  // finite ||u||^2 of what a warp has loaded
+  } warpgroups[WARPGROUPS];
   ptx::Barrier filled[STAGES], emptied[STAGES];
   ptx::Barrier multiplied, finished;  // of tiles, one after the other
 };
@@ -50,10 +50,10 @@ struct Maps {
 // of 2^-12 of the largest ||u||^2 of the tile's items, made a power of two, it is a float16 of 2^15
 // at most, and keeps 11 bits down to 2^-26 of that.
 struct Squares {
-  std::uint32_t of[Group::ROWS / 2][Group::COLS / 2][2];
+  std::uint32_t of[Warpgroup::ROWS / 2][Warpgroup::COLS / 2][2];
   float unit;
 
-  static __device__ __forceinline__ float unit_of(const Memory::OfGroup& memory) {
+  static __device__ __forceinline__ float unit_of(const Memory::OfWarpgroup& memory) {
     float largest = 0;
     for (const float x : memory.largest)
       largest = x > largest ? x : largest;
@@ -113,21 +113,21 @@ __device__ __forceinline__ void produce(const Maps& maps, const Walk& walk, Memo
 // Both products of a tile, 64 rows in turn with the other 64: while those of one half are under
 // way, the squares of the other are packed.
 template <class T>
-__device__ __forceinline__ void take_products(const Group& team, Squares& unc, Sums<Group>& sem,
-                                              const Walk& walk, Memory& memory, int turn,
-                                              bool& near) {
+__device__ __forceinline__ void take_products(const Warpgroup& team, Squares& unc,
+                                              Accumulators<Warpgroup>& sem, const Walk& walk,
+                                              Memory& memory, int turn, bool& near) {
   const Steps steps = steps_of<T>(walk);
-  const auto& of_group = memory.groups[team.number];
+  const auto& of_warpgroup = memory.warpgroups[team.number];
   const auto pack = [&](int half) {
-    const float unit = Squares::unit_of(of_group);
+    const float unit = Squares::unit_of(of_warpgroup);
     const float inverse = unit < 1e-30f ? 0.0f : 1.0f / unit;
 #pragma unroll
-    for (int j = 0; j < Group::COLS; j += 2) {
+    for (int j = 0; j < Warpgroup::COLS; j += 2) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const auto square = [&](int j) {
           const float scale =
-              of_group.rows.unc[team.row(2 * half + i)] + of_group.cols.unc[team.col(j)];
+              of_warpgroup.rows.unc[team.row(2 * half + i)] + of_warpgroup.cols.unc[team.col(j)];
           const float product = of_pair(sem, 2 * half + i, j);
           return square_of_sum(product, scale, walk.limit, near) * inverse;
         };
@@ -140,7 +140,7 @@ __device__ __forceinline__ void take_products(const Group& team, Squares& unc, S
       ptx::arrive(memory.emptied[taken % STAGES]);
   };
   // A barrier tells one round from the next only, so that nobody may be further ahead.
-  static_assert(GROUPS == 2 && STAGES > 1, "");
+  static_assert(WARPGROUPS == 2 && STAGES > 1, "");
   if (turn > 0)
     ptx::wait(memory.multiplied, (turn - 1) % 2);
   // Whether a step adds to the sums, if it is not the first. The compiler must not know of the
@@ -153,7 +153,7 @@ __device__ __forceinline__ void take_products(const Group& team, Squares& unc, S
       ptx::wait(memory.filled[taking % STAGES], taking / STAGES % 2);
       const auto& stage = memory.lines[taking % STAGES];
 #pragma unroll
-      for (int half = 0; half < Group::HALVES; ++half) {
+      for (int half = 0; half < Warpgroup::HALVES; ++half) {
         if (packs) {
           ptx::wait_for_products<1>();  // this half's
           ptx::hold(sem[half]);
@@ -172,7 +172,7 @@ __device__ __forceinline__ void take_products(const Group& team, Squares& unc, S
       if (step + 1 == steps.all && team.lane == 0)
         ptx::arrive(memory.multiplied);
       if (step > 0) {
-        ptx::wait_for_products<Group::HALVES>();  // all but this step's
+        ptx::wait_for_products<Warpgroup::HALVES>();  // all but this step's
         empty(taking - 1);
       }
     }
@@ -186,8 +186,8 @@ __device__ __forceinline__ void take_products(const Group& team, Squares& unc, S
   empty(taking - 1);
 }
 
-// What a group has to know of a tile.
-__device__ __forceinline__ void prepare(const Group& team, Memory::OfGroup& memory,
+// What a warpgroup has to know of a tile.
+__device__ __forceinline__ void prepare(const Warpgroup& team, Memory::OfWarpgroup& memory,
                                         const Walk& walk, const Here& here) {
   team.sync();  // all have left the tile before, and have arrived at its barriers
   if (team.thread == 0) {
@@ -211,23 +211,23 @@ __device__ __forceinline__ void prepare(const Group& team, Memory::OfGroup& memo
 }
 
 template <class T, Form FORM, class Epilogue>
-__device__ __forceinline__ void consume(const Group& team, const Walk& walk, Memory& memory,
+__device__ __forceinline__ void consume(const Warpgroup& team, const Walk& walk, Memory& memory,
                                         const Epilogue& epilogue) {
   for_tiles(walk, [&](const Here& next, int turn) {
-    if (turn % GROUPS != team.number)
+    if (turn % WARPGROUPS != team.number)
       return;
-    auto& of_group = memory.groups[team.number];
-    prepare(team, of_group, walk, next);
-    Sums<Group> sem = {};
+    auto& of_warpgroup = memory.warpgroups[team.number];
+    prepare(team, of_warpgroup, walk, next);
+    Accumulators<Warpgroup> sem = {};
     Squares unc;
     bool near = false;
     take_products<T>(team, unc, sem, walk, memory, turn, near);
-    unc.unit = Squares::unit_of(of_group);
+    unc.unit = Squares::unit_of(of_warpgroup);
     if (turn > 0)
       ptx::wait(memory.finished, (turn - 1) % 2);
-    const Here here = of_group.here;
-    View<Group, Squares, FORM, false> view{
-        walk, here, team, of_group.rows, of_group.cols, memory.workspace, sem, unc, near};
+    const Here here = of_warpgroup.here;
+    View<Warpgroup, Squares, FORM, false> view{
+        walk, here, team, of_warpgroup.rows, of_warpgroup.cols, memory.workspace, sem, unc, near};
     epilogue(view);
     flag_near(view);
     ptx::arrive(memory.finished);
@@ -242,22 +242,22 @@ __global__ void __launch_bounds__(THREADS, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       ptx::start_barrier(memory.filled[stage], 1);
-      ptx::start_barrier(memory.emptied[stage], Group::warps_down);
+      ptx::start_barrier(memory.emptied[stage], Warpgroup::warps_down);
     }
-    ptx::start_barrier(memory.multiplied, Group::warps_down);
-    ptx::start_barrier(memory.finished, GROUP_THREADS);
+    ptx::start_barrier(memory.multiplied, Warpgroup::warps_down);
+    ptx::start_barrier(memory.finished, WARPGROUP_THREADS);
     ptx::fence_barriers();
   }
   __syncthreads();
   // The same for all lanes, which the compiler has to know before it lets products overlap.
-  const int role = __shfl_sync(0xffffffffu, threadIdx.x / GROUP_THREADS, 0);
-  if (role == GROUPS) {
+  const int role = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP_THREADS, 0);
+  if (role == WARPGROUPS) {
     ptx::give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x % GROUP_THREADS == 0)
+    if (threadIdx.x % WARPGROUP_THREADS == 0)
       produce<T>(maps, walk, memory);
   } else {
-    ptx::take_registers<GROUP_REGISTERS>();
-    consume<T, FORM>(Group(threadIdx.x % GROUP_THREADS, role), walk, memory, epilogue);
+    ptx::take_registers<WARPGROUP_REGISTERS>();
+    consume<T, FORM>(Warpgroup(threadIdx.x % WARPGROUP_THREADS, role), walk, memory, epilogue);
   }
 #endif
 }

@@ -294,8 +294,6 @@ inline unsigned char* shared_memory() {
   return reinterpret_cast<unsigned char*>((start + 1023) / 1024 * 1024);
 }
 
-inline void forget(int&) {}
-
 inline void copy_async(void* to, const void* from, int bytes) {
   if (reinterpret_cast<std::uintptr_t>(to) % 16 || reinterpret_cast<std::uintptr_t>(from) % 16)
     emulation::fail("cp.async of 16 bytes that are not aligned");

@@ -73,14 +73,11 @@ void pieces_have_no_bank_twice() {
       for (int block = 0; block < TILE; block += 16) {
         const auto of_rows = [&](int k) {
           const ampere::Block team(first + k);
-          const int row = team.down * ampere::Block::warp_rows + team.lane % 16;
-          return place_of_piece((row + block) % TILE, piece + team.lane / 16);
+          return place_of_piece((team.loaded_row() + block) % TILE, piece + team.lane / 16);
         };
         const auto of_cols = [&](int k) {
           const ampere::Block team(first + k);
-          const int col =
-              team.across * ampere::Block::warp_cols + team.lane % 8 + team.lane / 16 * 8;
-          return place_of_piece((col + block) % TILE, piece + team.lane / 8 % 2);
+          return place_of_piece((team.loaded_col() + block) % TILE, piece + team.lane / 8 % 2);
         };
         expect(pieces_are_served(of_rows), "matrices of rows", first, piece, block);
         expect(pieces_are_served(of_cols), "matrices of columns", first, piece, block);
@@ -90,16 +87,22 @@ void pieces_have_no_bank_twice() {
 }
 
 // Each number has a place of its own.
-void numbers_have_their_places() {
-  std::vector<bool> taken(TILE * TILE);
+template <int STRIPS>
+void places_in_strips() {
+  std::vector<bool> taken(TILE * STRIPS * STRIP);
   for (int row = 0; row < TILE; ++row) {
-    for (int col = 0; col < TILE; ++col) {
-      const int place = place_of_number(row, col);
-      expect(place >= 0 && place < TILE * TILE, "beyond the memory", row, col);
-      expect(!taken[place], "a place twice", row, col);
+    for (int col = 0; col < STRIPS * STRIP; ++col) {
+      const int place = place_of_number<STRIPS>(row, col);
+      expect(place >= 0 && place < TILE * STRIPS * STRIP, "beyond the memory", STRIPS, row, col);
+      expect(!taken[place], "a place twice", STRIPS, row, col);
       taken[place] = true;
     }
   }
+}
+
+void numbers_have_their_places() {
+  places_in_strips<1>();
+  places_in_strips<TILE / STRIP>();
 }
 
 template <class Share, class... Number>
@@ -117,22 +120,40 @@ void numbers_of_share(Number... number) {
   }
 }
 
-void numbers_have_no_bank_twice() {
+template <int STRIPS>
+void banks_in_strips() {
   for (int first = 0; first + 32 <= TILE; ++first) {
-    for (int same = 0; same < TILE; ++same) {
-      const auto in_column = [&](int lane) { return place_of_number(first + lane, same); };
-      const auto in_row = [&](int lane) { return place_of_number(same, first + lane); };
-      expect(is_served(32, 4, in_column), "32 rows", first, same);
-      expect(is_served(32, 4, in_row), "32 columns", first, same);
+    for (int same = 0; same < STRIPS * STRIP; ++same) {
+      const auto in_column = [&](int lane) { return place_of_number<STRIPS>(first + lane, same); };
+      expect(is_served(32, 4, in_column), "32 rows", STRIPS, first, same);
     }
   }
+  for (int first = 0; first + 32 <= STRIPS * STRIP; ++first) {
+    for (int same = 0; same < TILE; ++same) {
+      const auto in_row = [&](int lane) { return place_of_number<STRIPS>(same, first + lane); };
+      expect(is_served(32, 4, in_row), "32 columns", STRIPS, first, same);
+    }
+  }
+  for (int first = 0; first < TILE; first += 32) {
+    for (int step = 0; step < STRIPS * STRIP; ++step) {
+      const auto on_diagonal = [&](int lane) {
+        return place_of_number<STRIPS>(first + lane, step ^ lane);
+      };
+      expect(is_served(32, 4, on_diagonal), "a diagonal", STRIPS, first, step);
+    }
+  }
+}
+
+void numbers_have_no_bank_twice() {
+  banks_in_strips<1>();
+  banks_in_strips<TILE / STRIP>();
   numbers_of_share<ampere::Block>();
-  numbers_of_share<hopper::Group>(0);
+  numbers_of_share<hopper::Warpgroup>(0);
 }
 
 // All pairs once; and a thread's are what mma and wgmma leave in sums[i / 2][j / 2][i % 2 * 2 + j %
 // 2]: of blocks of 16 x 8 the rows lane / 4 and 8 more, the columns lane % 4 * 2 and the next.
-// `corner(warp, i / 2, j / 2)` is where a block begins; a group on Hopper has a number.
+// `corner(warp, i / 2, j / 2)` is where a block begins; a warpgroup has a number.
 struct Corner {
   int row, col;
 };
@@ -161,28 +182,81 @@ void pairs_of_share(const FindCorner& corner, Number... number) {
 void threads_share_all_pairs() {
   // The rows and columns that multiply_lines loads for a warp; `wgmma` takes 64 rows, 16 a warp.
   pairs_of_share<ampere::Block>(
-      [](int warp, int i, int j) { return Corner{warp % 2 * 64 + 16 * i, warp / 2 * 32 + 8 * j}; });
-  pairs_of_share<hopper::Group>(
+      [](int warp, int i, int j) { return Corner{warp % 2 * 64 + 16 * i, warp / 2 * 8 + 32 * j}; });
+  pairs_of_share<hopper::Warpgroup>(
       [](int warp, int i, int j) { return Corner{64 * i + 16 * warp, 8 * j}; }, 0);
-  pairs_of_share<Share<4, 4, 16, 32>>(
-      [](int warp, int i, int j) { return Corner{warp % 4 * 32 + 16 * i, warp / 4 * 32 + 8 * j}; });
+  pairs_of_share<ampere::LargeBlock>(
+      [](int warp, int, int j) { return Corner{warp % 8 * 16, warp / 8 * 8 + 32 * j}; });
+}
+
+// As in Weigh: the pairs of a thread from a column on are those of a half.
+template <class Share, class... Number>
+void halves_of_share(Number... number) {
+  for (int thread = 0; thread < Share::threads; ++thread) {
+    const Share team(thread, number...);
+    for (int j = 0; j < Share::COLS; ++j) {
+      const bool second = j >= Share::COLS / 2;
+      expect(team.col(j) / (TILE / 2) == second, "another half", Share::threads, thread, j);
+    }
+  }
+}
+
+void threads_share_both_halves() {
+  halves_of_share<ampere::Block>();
+  halves_of_share<ampere::LargeBlock>();
+  halves_of_share<hopper::Warpgroup>(0);
+}
+
+// As in Weigh::weigh_strip, by some helpers: a lane has another column at every step, no two have
+// the same at once, and what goes from lane to lane stays with its column.
+void diagonals_of(int helpers) {
+  const int steps = STRIP / helpers;
+  for (int helper = 0; helper < helpers; ++helper) {
+    std::array<std::vector<bool>, 32> had;
+    std::array<int, 32> carried;
+    for (int lane = 0; lane < 32; ++lane) {
+      had[lane].resize(STRIP);
+      carried[lane] = (helper * steps) ^ lane;
+    }
+    for (int step = 0; step < steps; ++step) {
+      std::vector<bool> at_once(STRIP);
+      for (int lane = 0; lane < 32; ++lane) {
+        const int col = (helper * steps) ^ lane ^ step;
+        expect(col >= 0 && col < STRIP && !at_once[col] && !had[lane][col], "a column twice",
+               helpers, helper, step, lane);
+        at_once[col] = had[lane][col] = true;
+        expect(carried[lane] == col, "the sums of another", helpers, helper, step, lane);
+      }
+      const auto before = carried;
+      for (int lane = 0; lane < 32; ++lane)
+        carried[lane] = before[lane ^ ((step ^ (step + 1)) % steps)];
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      expect(carried[lane] == ((helper * steps) ^ lane), "not its own", helpers, helper, lane);
+  }
+}
+
+void diagonals_have_all_pairs() {
+  diagonals_of(1);
+  diagonals_of(2);
 }
 
 template <int WIDE, bool TRANSPOSED>
 void parts_of_matrix() {
-  std::vector<bool> taken(TILE * TILE);
+  constexpr int ROWS = TRANSPOSED ? STRIP : TILE, COLS = TRANSPOSED ? TILE : STRIP;
+  std::vector<bool> taken(TILE * STRIP);
   for (int part = 0; part < PARTS<WIDE>; ++part) {
     const auto begin = [&](int lane) { return begin_of_part<WIDE, TRANSPOSED>(part, lane); };
     int lanes_of_row[TILE] = {};
     for (int lane = 0; lane < 32; ++lane) {
       const auto [row, col] = begin(lane);
-      expect(row >= 0 && row < TILE && col >= 0 && col + WIDE <= TILE, "beyond", WIDE, part, lane);
+      expect(row >= 0 && row < ROWS && col >= 0 && col + WIDE <= COLS, "beyond", WIDE, part, lane);
       expect(col % WIDE == 0, "not aligned", WIDE, TRANSPOSED, part, lane);
       expect(col / 32 == begin(0).col / 32, "columns apart", WIDE, TRANSPOSED, part, lane);
       ++lanes_of_row[row];
       for (int k = 0; k < WIDE; ++k) {
-        expect(!taken[row * TILE + col + k], "a number twice", WIDE, TRANSPOSED, part, lane);
-        taken[row * TILE + col + k] = true;
+        expect(!taken[row * COLS + col + k], "a number twice", WIDE, TRANSPOSED, part, lane);
+        taken[row * COLS + col + k] = true;
       }
     }
     for (const int lanes : lanes_of_row)  // 32 columns in a row, if any
@@ -199,7 +273,7 @@ void parts_of_matrix() {
     expect(taken[at], "not copied", WIDE, at);
 }
 
-void parts_copy_a_tile() {
+void parts_copy_a_strip() {
   parts_of_matrix<4, false>();
   parts_of_matrix<4, true>();
   parts_of_matrix<8, false>();
@@ -291,19 +365,19 @@ void go(const std::vector<Agent>& agents, std::vector<ModelBarrier> barriers, st
 }
 
 void ring_of(int steps, int tiles) {
-  using hopper::STAGES, hopper::GROUPS;
-  constexpr int WARPS = hopper::Group::warps_down;
+  using hopper::STAGES, hopper::WARPGROUPS;
+  constexpr int WARPS = hopper::Warpgroup::warps_down;
   // `issued` is no barrier of the kernel: TMA has what to copy, and copies in any order.
   const int filled = 0, emptied = STAGES, issued = 2 * STAGES, multiplied = 3 * STAGES,
             finished = multiplied + 1, met = finished + 1;
-  std::vector<ModelBarrier> barriers(met + GROUPS, {1});
+  std::vector<ModelBarrier> barriers(met + WARPGROUPS, {1});
   for (int stage = 0; stage < STAGES; ++stage)
     barriers[emptied + stage] = {WARPS};
-  for (int barrier = multiplied; barrier < met + GROUPS; ++barrier)
+  for (int barrier = multiplied; barrier < met + WARPGROUPS; ++barrier)
     barriers[barrier] = {WARPS};
 
-  // The copies of each stage, the producer, the warps of the groups.
-  std::vector<Agent> agents(STAGES + 1 + GROUPS * WARPS);
+  // The copies of each stage, the producer, the warps of the warpgroups.
+  std::vector<Agent> agents(STAGES + 1 + WARPGROUPS * WARPS);
   for (int filling = 0; filling < tiles * steps; ++filling) {
     const int stage = filling % STAGES, round = filling / STAGES;
     Agent &copies = agents[stage], &producer = agents[STAGES];
@@ -315,12 +389,12 @@ void ring_of(int steps, int tiles) {
   }
   for (int turn = 0; turn < tiles; ++turn) {
     for (int warp = 0; warp < WARPS; ++warp) {
-      Agent& own = agents[STAGES + 1 + turn % GROUPS * WARPS + warp];
+      Agent& own = agents[STAGES + 1 + turn % WARPGROUPS * WARPS + warp];
       const auto empty = [&](int taken) {
         own.push_back({false, emptied + taken % STAGES, taken / STAGES});
       };
-      own.push_back({false, met + turn % GROUPS, turn / GROUPS});
-      own.push_back({true, met + turn % GROUPS, turn / GROUPS});
+      own.push_back({false, met + turn % WARPGROUPS, turn / WARPGROUPS});
+      own.push_back({true, met + turn % WARPGROUPS, turn / WARPGROUPS});
       if (turn > 0)
         own.push_back({true, multiplied, turn - 1});
       int taking = turn * steps;
@@ -341,7 +415,7 @@ void ring_of(int steps, int tiles) {
   for (std::size_t stopped = 0; stopped < agents.size(); ++stopped) {
     const bool another_warp = stopped > STAGES + 1 && (stopped - STAGES - 1) % WARPS > 0;
     if (another_warp)
-      continue;  // does what the group's first does
+      continue;  // does what the warpgroup's first does
     for (std::size_t before = 0; before < agents[stopped].size(); ++before)
       go(agents, barriers, stopped, before, steps, tiles);
   }
@@ -508,7 +582,8 @@ struct Check {
 constexpr Check CHECKS[] = {
     CHECK(pieces_lie_as_tma_puts_them),     CHECK(pieces_have_no_bank_twice),
     CHECK(numbers_have_their_places),       CHECK(numbers_have_no_bank_twice),
-    CHECK(threads_share_all_pairs),         CHECK(parts_copy_a_tile),
+    CHECK(threads_share_all_pairs),         CHECK(threads_share_both_halves),
+    CHECK(diagonals_have_all_pairs),        CHECK(parts_copy_a_strip),
     CHECK(programs_take_all_tiles),         CHECK(nobody_is_a_phase_ahead),
     CHECK(exponential_is_that_in_double),   CHECK(scores_are_those_in_double),
     CHECK(half_types_round_to_the_nearest),
