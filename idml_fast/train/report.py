@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from base64 import b64encode
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from io import BytesIO
@@ -14,12 +13,11 @@ import jinja2
 import numpy as np
 import torch
 from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.image import imsave
 from torch import Tensor
 
 from ..evaluation import CORRUPTIONS, retrieval
+from ..evaluation.pictures import COLORS, STYLE, data_uri, drawing, svg
 from ..metric import Metric
 from ..nearest import nearest
 from .config import Config
@@ -29,27 +27,6 @@ from .outcome import JUDGED, QUALITIES, Outcome
 
 if TYPE_CHECKING:
     from .reproduce import Comparison
-
-COLORS = {"conventional": "#98a1b0", "introspective": "#0f6e84"}
-STYLE = {
-    "font.size": 11,
-    "axes.edgecolor": "#c6cbd4",
-    "axes.labelcolor": "#414a59",
-    "axes.titlecolor": "#1b2330",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "xtick.color": "#6b7484",
-    "ytick.color": "#6b7484",
-    "grid.color": "#eceef2",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "lines.linewidth": 2,
-    "svg.hashsalt": "idml_fast",  # or the names inside the drawing would differ from run to run
-}
 
 PERCENT, NORM, RANK = "{:.1%}", "{:.3g}", "{:+.2f}"
 ROWS = {
@@ -182,7 +159,7 @@ def _differences(comparison: Comparison, task: str, name: str) -> str:
     """The difference that the metric makes to a number of each loss, with its interval."""
     rows = comparison.of(task)[::-1]
     middles, halves = zip(*(row.difference(name) for row in rows), strict=True)
-    figure, axes = _axes(height=1.1 + 0.3 * len(rows))
+    figure, axes = drawing(height=1.1 + 0.3 * len(rows))
     axes.axvline(0, color="#98a1b0", linewidth=1)
     axes.errorbar(
         100 * np.array(middles),
@@ -198,7 +175,7 @@ def _differences(comparison: Comparison, task: str, name: str) -> str:
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set(xlabel="percentage points", title=f"Δ {QUALITIES[task][name]}")
     axes.grid(axis="x")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _render(template: str, **values: Any) -> str:
@@ -220,7 +197,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def _curves(outcomes: dict[str, Outcome], name: str, label: str) -> str:
-    figure, axes = _axes()
+    figure, axes = drawing()
     for metric, outcome in outcomes.items():
         epochs = [epoch["epoch"] for epoch in outcome.epochs]
         values = [epoch[name] for epoch in outcome.epochs]
@@ -235,7 +212,7 @@ def _curves(outcomes: dict[str, Outcome], name: str, label: str) -> str:
     axes.set(xlabel="epoch", title=label)
     axes.grid(axis="y")
     axes.legend()
-    return _svg(figure)
+    return svg(figure)
 
 
 def _queries(outcome: Outcome, data: Data, seed: int) -> dict[str, list[dict]]:
@@ -283,7 +260,7 @@ def _corruptions(outcome: Outcome, data: Data) -> list[dict]:
     typical = norm.sort().indices[len(norm) // 2].item()
     found = []
     for name, norms in outcome.norms.items():
-        figure, axes = _axes(3.6, 2.6)
+        figure, axes = drawing(3.6, 2.6)
         low, median, high = np.quantile(norms.numpy(), (0.25, 0.5, 0.75), axis=1)
         severity = np.arange(len(norms))
         color = COLORS["introspective"]
@@ -297,7 +274,7 @@ def _corruptions(outcome: Outcome, data: Data) -> list[dict]:
             {
                 "name": name,
                 "spearman": _cell(outcome.results[f"spearman_{name}"], RANK),
-                "figure": _svg(figure),
+                "figure": svg(figure),
                 "strip": [_png(image) for image in damaged],
             }
         )
@@ -331,26 +308,14 @@ def _surface(
     beta = torch.linspace(0, max(2.0, 1.1 * betas.max().item()), 200)
     values = function(outcome.metric, *torch.meshgrid(alpha, beta, indexing="xy"))
 
-    figure, axes = _axes(height=3.7)
+    figure, axes = drawing(height=3.7)
     axes.contourf(alpha, beta, values, levels=40, cmap=colors)
     lines = axes.contour(alpha, beta, values, levels=levels, colors="#2a3342", linewidths=0.6)
     axes.clabel(lines, fontsize=9)
     axes.scatter(alphas, betas, s=4, color="#c2410c", alpha=0.6, linewidths=0)
     axes.set(xlabel="α = ‖sᵢ − sⱼ‖", ylabel="β = ‖uᵢ + uⱼ‖", title=title)
     axes.locator_params(nbins=5)
-    return _svg(figure)
-
-
-def _axes(width: float = 5.0, height: float = 3.2) -> tuple[Figure, Axes]:
-    figure = Figure((width, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _svg(figure: Figure) -> str:
-    # As an image of its own: drawings in one page would share the names of their parts.
-    buffer = BytesIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _data_uri("image/svg+xml", buffer.getvalue())
+    return svg(figure)
 
 
 def _png(
@@ -359,8 +324,4 @@ def _png(
     buffer = BytesIO()
     pixels = image[0] if len(image) == 1 else image.movedim(0, 2)
     imsave(buffer, pixels.numpy(), cmap="gray", vmin=0, vmax=1, metadata={"Software": None})
-    return _data_uri("image/png", buffer.getvalue())
-
-
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{b64encode(content).decode()}"
+    return data_uri("image/png", buffer.getvalue())
