@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from .config import Config
+from .config import Config, config_of
 
 FILES = (
     "config.yaml",
@@ -21,6 +22,10 @@ FILES = (
     "introspective.safetensors",
     "report.html",
 )
+
+
+class RunError(ValueError):
+    """A folder is not the run that is asked for; the message names it."""
 
 
 @contextmanager
@@ -88,7 +93,7 @@ def difference(before: Any, now: dict) -> str:
     """In words, how the configuration of the run that is there differs from this one."""
     if not isinstance(before, dict):
         return "files that are no run"
-    old, new = _flat(before), _flat(now)
+    old, new = flat(before), flat(now)
     changed = [
         f"{key} {old.get(key, 'unset')} there, {new.get(key, 'unset')} here"
         for key in sorted(old.keys() | new.keys())
@@ -98,10 +103,35 @@ def difference(before: Any, now: dict) -> str:
     return f"a run of another configuration ({'; '.join(changed[:3])}{more})"
 
 
-def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """A configuration by the names that the command line has for its values: ``optim.lr``."""
+    found = {}
     for key, value in tree.items():
-        flat.update(
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found.update(
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
-    return flat
+    return found
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of the run in that folder.
+
+    Raises:
+        RunError: there is no run, or one of a version of idml_fast that had other settings.
+    """
+    path = folder / "config.yaml"
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{folder} is no run: it has no config.yaml") from None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError):
+        values = None
+    if not isinstance(values, dict):
+        raise RunError(f"{folder} is no run: its config.yaml holds no configuration")
+    try:
+        return config_of(values)
+    except (argparse.ArgumentError, AssertionError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise RunError(f"{folder} is a run of another version of idml_fast: {why}") from None
