@@ -60,7 +60,7 @@ def table(results: dict[str, dict[str, float | None]]) -> dict[str, list[list[st
     known = next(iter(results.values()))
     return {
         heading: [
-            [title, *(_cell(result[name], form) for result in results.values())]
+            [title, *(cell(result[name], form) for result in results.values())]
             for title, name, form in rows
         ]
         for heading, rows in ROWS.items()
@@ -102,7 +102,7 @@ def write_report(
         quality, title = "recall_at_1", "Recall@1 among unseen classes"
         pixels = retrieval(data.test_images.flatten(1), data.test_labels)["recall_at_1"]
     with rc_context(STYLE):
-        page = _render(
+        page = render(
             "report.html.j2",
             config=config,
             metric=shown.metric,
@@ -140,7 +140,7 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     """
     tables = {task: comparison.table(task) for task in QUALITIES if comparison.of(task)}
     with rc_context(STYLE):
-        page = _render(
+        page = render(
             "reproduce.html.j2",
             comparison=comparison,
             tables=tables,
@@ -178,7 +178,8 @@ def _differences(comparison: Comparison, task: str, name: str) -> str:
     return svg(figure)
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """A page of a template in this folder; whatever is put into it is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -190,7 +191,8 @@ def _render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(versions=versions, **values)
 
 
-def _cell(value: float | None, form: str) -> str:
+def cell(value: float | None, form: str) -> str:
+    """A number as a table shows it; what there is not is an en dash."""
     if value is None:
         return "–"
     return "undefined" if math.isnan(value) else form.format(value).replace("%", " %")
@@ -273,7 +275,7 @@ def _corruptions(outcome: Outcome, data: Data) -> list[dict]:
         found.append(
             {
                 "name": name,
-                "spearman": _cell(outcome.results[f"spearman_{name}"], RANK),
+                "spearman": cell(outcome.results[f"spearman_{name}"], RANK),
                 "figure": svg(figure),
                 "strip": [_png(image) for image in damaged],
             }
