@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     reproduce.add_argument("--epochs", type=int, help="of every run (as the recipe says)")
     reproduce.add_argument("--folder", default="runs/reproduce", help="(%(default)s)")
+    report = commands.add_parser(
+        "report",
+        help="compare finished runs side by side, in one page",
+        description="Compare finished runs of idml-fast train: their numbers, how their "
+        "configurations differ, and how they learned, in one HTML file.",
+        allow_abbrev=False,
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    report.add_argument(
+        "--output", type=Path, metavar="FILE", help="(comparison.html beside the first run)"
+    )
     commands.add_parser("doctor", help="say which backends work here, and why others do not")
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.command == "train":
@@ -44,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if chosen.command == "reproduce":
         return _reproduce(chosen)
+    if chosen.command == "report":
+        return _report(chosen)
     return _doctor()
 
 
@@ -69,6 +83,19 @@ def _reproduce(chosen: argparse.Namespace) -> int:
     try:
         reproduce(chosen.dataset, **options)
     except (SettingsError, FileExistsError, FloatingPointError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _report(chosen: argparse.Namespace) -> int:
+    try:
+        from .train.compare import compare
+        from .train.folder import RunError
+    except ModuleNotFoundError as error:
+        return _missing("report", error)
+    try:
+        print(compare(chosen.runs, chosen.output))
+    except (RunError, OSError) as error:
         return _fail(str(error))
     return 0
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from base64 import b64encode
 from io import BytesIO
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 
 COLORS = {"conventional": "#98a1b0", "introspective": "#0f6e84"}
@@ -28,12 +31,33 @@ STYLE = {
     "lines.linewidth": 2,
     "svg.hashsalt": "idml_fast",  # or the names inside the drawing would differ from run to run
 }
+DISTINCT = (
+    *("#0f6e84", "#c2410c", "#6d4bb0", "#2c7a4b", "#d4a017"),
+    *("#c2185b", "#3b6fd4", "#8a5a2b", "#5f6b7a", "#8fb339"),
+)
 
 
 def drawing(width: float = 5.0, height: float = 3.2) -> tuple[Figure, Axes]:
     """An empty drawing, its size in inches."""
     figure = Figure((width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def colors(count: int) -> list[str]:
+    """As many colours, as different as can be: by hue, and neighbours in the list by lightness."""
+    if count <= len(DISTINCT):
+        return list(DISTINCT[:count])
+    turn = np.arange(count) / count
+    lightness = np.array([0.85, 0.6, 0.72])[np.arange(count) % 3]
+    saturation = np.array([0.85, 0.75, 0.5])[np.arange(count) % 3]
+    return [to_hex(x) for x in hsv_to_rgb(np.stack([turn, saturation, lightness], axis=1))]
+
+
+def in_percent(axes: Axes) -> None:
+    """Shares from one whole tenth to another: a small wobble is to look small."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(math.floor(10 * low) / 10, min(1.0, math.ceil(10 * high) / 10))
+    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}".replace("%", " %"))
 
 
 def svg(figure: Figure) -> str:

@@ -17,7 +17,7 @@ from matplotlib.image import imsave
 from torch import Tensor
 
 from ..evaluation import CORRUPTIONS, retrieval
-from ..evaluation.pictures import COLORS, STYLE, data_uri, drawing, svg
+from ..evaluation.pictures import COLORS, STYLE, data_uri, drawing, in_percent, svg
 from ..metric import Metric
 from ..nearest import nearest
 from .config import Config
@@ -207,9 +207,7 @@ def _curves(outcomes: dict[str, Outcome], name: str, label: str) -> str:
     if name == "loss":
         axes.set_yscale("log")
     else:
-        shares = axes.get_ylim()  # to whole tenths: a small wobble is to look small
-        axes.set_ylim(math.floor(10 * shares[0]) / 10, min(1.0, math.ceil(10 * shares[1]) / 10))
-        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}".replace("%", " %"))
+        in_percent(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="epoch", title=label)
     axes.grid(axis="y")
