@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     reproduce.add_argument("--epochs", type=int, help="of every run (as the recipe says)")
     reproduce.add_argument("--folder", default="runs/reproduce", help="(%(default)s)")
+    _add_evaluate(commands)
     report = commands.add_parser(
         "report",
         help="compare finished runs side by side, in one page",
@@ -56,9 +58,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if chosen.command == "reproduce":
         return _reproduce(chosen)
+    if chosen.command == "eval":
+        return _evaluate(chosen)
     if chosen.command == "report":
         return _report(chosen)
     return _doctor()
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="judge embeddings from files, or those of a trained network",
+        description="Judge embeddings by retrieval, clustering and their uncertainty. They are "
+        ".npy files (SEM, perhaps UNC, with --labels), or one .npz or .safetensors file with "
+        "arrays called sem, unc and labels, or the network of a run, such as "
+        "runs/digits/introspective.safetensors, which embeds the test images of that run. Labels "
+        "are integers or strings.",
+        usage="%(prog)s SEM [UNC] --labels LABELS [--gallery SEM2 [UNC2] --gallery-labels LABELS2] "
+        "[OPTION ...]\n       %(prog)s FILE [--gallery FILE2] [OPTION ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="SEM", help="the queries")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="of the queries")
+    parser.add_argument(
+        "--gallery",
+        nargs="+",
+        default=(),
+        type=Path,
+        metavar="SEM2",
+        help="where the nearest are looked for (the other queries)",
+    )
+    parser.add_argument("--gallery-labels", type=Path, metavar="FILE", help="of the gallery")
+    parser.add_argument(
+        "--ks", nargs="+", type=int, default=[1, 2, 4, 8], metavar="K", help="of Recall@k (1 2 4 8)"
+    )
+    parser.add_argument(
+        "--metric",
+        choices=("plain", "introspective"),
+        default="plain",
+        help="what is nearest; introspective needs UNC (%(default)s)",
+    )
+    parser.add_argument("--tau", type=float, help="of the introspective metric (5)")
+    parser.add_argument("--gamma", type=float, help="of the introspective metric (0)")
+    parser.add_argument("--form", help="distance, cosine or official (distance)")
+    parser.add_argument(
+        "--no-clustering", dest="clustering", action="store_false", help="leave out NMI, AMI and F1"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the clusters (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
 
 
 def _train(arguments: list[str]) -> int:
@@ -83,6 +130,28 @@ def _reproduce(chosen: argparse.Namespace) -> int:
     try:
         reproduce(chosen.dataset, **options)
     except (SettingsError, FileExistsError, FloatingPointError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _evaluate(chosen: argparse.Namespace) -> int:
+    try:
+        from .evaluation.files import FileError
+        from .train.evaluate import Settings, SettingsError, evaluate_files
+        from .train.folder import RunError
+    except ModuleNotFoundError as error:
+        return _missing("eval", error)
+    names = ("ks", "metric", "tau", "gamma", "form", "clustering", "seed")
+    try:
+        evaluate_files(
+            chosen.files,
+            chosen.labels,
+            chosen.gallery,
+            chosen.gallery_labels,
+            Settings(**{name: getattr(chosen, name) for name in names}),
+            chosen.json,
+        )
+    except (FileError, RunError, SettingsError, OSError) as error:
         return _fail(str(error))
     return 0
 
