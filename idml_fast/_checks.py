@@ -304,6 +304,15 @@ def without_gradient(**embeddings: Any) -> None:
             )
 
 
+def finite_rows(name: str, value: Tensor, first: int = 0) -> None:
+    """Every row of ``value`` is finite; the first of them is row ``first`` of what was given."""
+    bad = ~value.isfinite().all(dim=1)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        number = value[row][~value[row].isfinite()][0].item()
+        raise ValueError(f"{name} must be finite, got {number} in row {first + row}")
+
+
 def array_dtype(name: str, array: Any) -> torch.dtype:
     """The dtype of an array that is no tensor, as PyTorch calls it."""
     import numpy

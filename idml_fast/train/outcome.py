@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..evaluation import corrupted_norms, nmi, retrieval, severity_correlation
+from ..evaluation import clustering, corrupted_norms, retrieval, severity_correlation
 from ..metric import Metric
 from .config import Config
 from .criterion import Criterion
@@ -71,7 +71,7 @@ def record(model: TwoHeaded, criterion: Criterion, config: Config, data: Data) -
         right = criterion.predict(sem) == data.test_labels
         quality = {"top_1": right.double().mean().item()}
     else:
-        quality = retrieval(sem, data.test_labels)
+        quality = retrieval(sem, data.test_labels).values
     norm = unc.norm(dim=1) if criterion.loss.metric.reads_unc else None
     return {
         **quality,
@@ -96,7 +96,7 @@ def evaluate(
         )
     results = record(model, criterion, config, data)
     if config.data.task == "retrieval":
-        results["nmi"] = nmi(sem, data.test_labels, seed=config.run.seed)
+        results |= clustering(sem, data.test_labels, seed=config.run.seed, starts=4)
     # The mean over all epochs: once the loss is small, any gradient is.
     grads = [epoch["unc_grad_norm"] for epoch in epochs if metric.reads_unc]
     results |= {

@@ -100,7 +100,7 @@ def write_report(
     quality, title, pixels = "top_1", "Top-1 accuracy of unseen images", None
     if config.data.task == "retrieval":
         quality, title = "recall_at_1", "Recall@1 among unseen classes"
-        pixels = retrieval(data.test_images.flatten(1), data.test_labels)["recall_at_1"]
+        pixels = retrieval(data.test_images.flatten(1), data.test_labels).values["recall_at_1"]
     with rc_context(STYLE):
         page = render(
             "report.html.j2",
