@@ -32,13 +32,17 @@ class Items:
         sem: ``[N, Ds]`` float, finite.
         unc: ``[N, Du]`` float, finite; None: there is no uncertainty.
         labels: ``[N]`` integers of any dtype, or strings.
-        names: of ``sem``, ``unc`` and ``labels``, as messages call them.
+        paths: of the files that ``sem``, ``unc`` and ``labels`` are from.
     """
 
     sem: Tensor
     unc: Tensor | None
     labels: np.ndarray
-    names: dict[str, str]
+    paths: dict[str, Path]
+
+    def called(self, name: str) -> str:
+        """What messages call ``sem``, ``unc`` or ``labels``."""
+        return f"{name} of {self.paths[name]}"
 
     def __len__(self) -> int:
         return len(self.sem)
@@ -59,6 +63,8 @@ def read_items(files: Sequence[Path], labels: Path | None = None) -> Items:
         FileError: a file cannot be read, an array is missing or of another shape or dtype, or an
             embedding is not finite; the message names the file and the first bad row.
     """
+    if len(files) > 2:
+        raise FileError(f"embeddings must be one file or two, sem and unc, got {len(files)}")
     first = files[0]
     sources = {"sem": first, "unc": files[-1], "labels": labels or first}
     if first.suffix.lower() == ".npy":
@@ -69,16 +75,16 @@ def read_items(files: Sequence[Path], labels: Path | None = None) -> Items:
     found = {name: _read(path, name) for name, path in sources.items()}
     if len(files) == 1 and found.get("unc", 0) is None:
         del sources["unc"]  # it need not be there
-    names = {name: f"{name} of {path}" for name, path in sources.items()}
     for name, path in sources.items():
         if found[name] is None:
             raise FileError(f"{path} must hold an array that is called {name}, got none")
+    names = {name: f"{name} of {path}" for name, path in sources.items()}
     sem = _embeddings(names["sem"], found["sem"])
     unc = None
     if "unc" in sources:
         unc = _embeddings(names["unc"], found["unc"])
         _same(names["unc"], unc, names["sem"], sem)
-    return Items(sem, unc, _labels(names, found["labels"], sem), names)
+    return Items(sem, unc, _labels(names, found["labels"], sem), sources)
 
 
 def check_gallery(queries: Items, gallery: Items) -> None:
@@ -93,18 +99,18 @@ def check_gallery(queries: Items, gallery: Items) -> None:
             continue
         if own.shape[1] != other.shape[1]:
             raise FileError(
-                f"{gallery.names[name]} must be {own.shape[1]} wide like {queries.names[name]}, "
+                f"{gallery.called(name)} must be {own.shape[1]} wide like {queries.called(name)}, "
                 f"got {other.shape[1]}"
             )
         if own.dtype != other.dtype:
             raise FileError(
-                f"{gallery.names[name]} must be {_name(own.dtype)} like {queries.names[name]}, "
+                f"{gallery.called(name)} must be {_name(own.dtype)} like {queries.called(name)}, "
                 f"got {_name(other.dtype)}"
             )
     kinds = [_kind_of_labels(items.labels) for items in (queries, gallery)]
     if kinds[0] != kinds[1]:
         raise FileError(
-            f"{gallery.names['labels']} must be {kinds[0]} like {queries.names['labels']}, "
+            f"{gallery.called('labels')} must be {kinds[0]} like {queries.called('labels')}, "
             f"got {kinds[1]}"
         )
 
@@ -185,12 +191,11 @@ def _embeddings(name: str, array: np.ndarray | Tensor) -> Tensor:
             f"{name} must have shape [items, width], neither of them 0, got {list(array.shape)}"
         )
     rows = max(1, BLOCK // (array.shape[1] * array.element_size()))
-    for start in range(0, len(array), rows):
-        finite = array[start : start + rows].isfinite().all(dim=1)
-        if not finite.all():
-            row = start + int(finite.int().argmin())
-            bad = array[row][~array[row].isfinite()][0].item()
-            raise FileError(f"{name} must be finite, got {bad} in row {row}")
+    for first in range(0, len(array), rows):
+        try:
+            _checks.finite_rows(name, array[first : first + rows], first)
+        except ValueError as error:
+            raise FileError(str(error)) from None
     return array
 
 

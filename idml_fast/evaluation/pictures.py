@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from base64 import b64encode
+from collections.abc import Mapping
 from io import BytesIO
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+from sklearn.manifold import TSNE
+from torch import Tensor
 
 COLORS = {"conventional": "#98a1b0", "introspective": "#0f6e84"}
 STYLE = {
@@ -31,10 +36,158 @@ STYLE = {
     "lines.linewidth": 2,
     "svg.hashsalt": "idml_fast",  # or the names inside the drawing would differ from run to run
 }
+FAINT = "#98a1b0"
+MAPPED = 1000  # items of a map: more of them hide each other
 DISTINCT = (
     *("#0f6e84", "#c2410c", "#6d4bb0", "#2c7a4b", "#d4a017"),
     *("#c2185b", "#3b6fd4", "#8a5a2b", "#5f6b7a", "#8fb339"),
 )
+
+
+@rc_context(STYLE)
+def risk_coverage(
+    coverage: ArrayLike,  # [N]
+    risks: Mapping[str, ArrayLike],  # [N] each
+) -> str:
+    """Risk over coverage: how many answers are wrong among those that are the most certain.
+
+    Beside the candidates, the best that any could do, which leaves out the wrong answers first, and
+    one that knows nothing, whose risk is the same at every coverage.
+
+    Args:
+        coverage: ``[N]`` ascending in (0, 1], the share of the queries that are answered.
+        risks: by candidate, ``[N]``, the share of these answers that are wrong. At a coverage of 1
+            it is the same for all.
+
+    Returns:
+        The address of an image, as `svg` gives it.
+
+    Raises:
+        ValueError: a candidate has another number of risks than there are coverages.
+    """
+    coverage = _array(coverage)
+    risks = {name: _array(risk) for name, risk in risks.items()}
+    for name, risk in risks.items():
+        if risk.shape != coverage.shape:
+            raise ValueError(
+                f"risks must have shape {list(coverage.shape)} like coverage, "
+                f"got {list(risk.shape)} for {name}"
+            )
+    wrong = next(iter(risks.values()))[-1]
+    best = np.maximum(0, 1 - (1 - wrong) / coverage)  # the right answers first
+    figure, axes = drawing()
+    axes.axhline(wrong, color=FAINT, linewidth=1.2, linestyle="dashed", label="random")
+    axes.plot(coverage, best, color=FAINT, linewidth=1.2, label="best possible")
+    for (name, risk), color in zip(risks.items(), colors(len(risks)), strict=True):
+        axes.plot(coverage, risk, color=color, linewidth=1.6, label=name)
+    axes.set(xlabel="coverage", title="Wrong among those answered", xlim=(0, 1))
+    axes.set_ylim(bottom=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(_percent)
+    axes.grid(axis="y")
+    axes.legend(fontsize=9)
+    return svg(figure)
+
+
+@rc_context(STYLE)
+def reliability(
+    confidence: ArrayLike,  # [B]
+    accuracy: ArrayLike,  # [B]
+    count: ArrayLike,  # [B]
+) -> str:
+    """Reliability diagram: how often what is forecast comes true, and how often it is forecast.
+
+    Args:
+        confidence: ``[B]`` in [0, 1], the mean forecast of each bin.
+        accuracy: ``[B]`` in [0, 1], the share of the bin that came true.
+        count: ``[B]``, how many there are in the bin; a bin of none is left out.
+
+    Returns:
+        The address of an image, as `svg` gives it.
+
+    Raises:
+        ValueError: the three are not of one shape, or all bins are empty.
+    """
+    confidence, accuracy, count = (_array(x) for x in (confidence, accuracy, count))
+    if not confidence.shape == accuracy.shape == count.shape or confidence.ndim != 1:
+        shapes = ", ".join(str(list(x.shape)) for x in (confidence, accuracy, count))
+        raise ValueError(f"confidence, accuracy and count must have one shape [B], got {shapes}")
+    there = count > 0
+    if not there.any():
+        raise ValueError("count must be above 0 in some bin, got none")
+    confidence, accuracy, share = (x[there] for x in (confidence, accuracy, count / count.sum()))
+    figure = Figure((5.0, 3.9), layout="constrained")
+    axes, mass = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    axes.plot((0, 1), (0, 1), color=FAINT, linewidth=1.2, linestyle="dashed")
+    axes.vlines(confidence, confidence, accuracy, color=COLORS["introspective"], alpha=0.35)
+    axes.scatter(confidence, accuracy, s=36, color=COLORS["introspective"], linewidths=0)
+    axes.set(title="What comes true of what is forecast", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    mass.vlines(confidence, 0, share, color=COLORS["introspective"], linewidth=4)
+    mass.set(xlabel="forecast", ylabel="share")
+    mass.set_ylim(bottom=0)
+    for axis in (axes.xaxis, axes.yaxis, mass.yaxis):
+        axis.set_major_formatter(_percent)
+    axes.grid()
+    return svg(figure)
+
+
+@rc_context(STYLE)
+def embedding_map(
+    sem: ArrayLike,  # [N, Ds]
+    labels: ArrayLike,  # [N]
+    norms: ArrayLike | None = None,  # [N]
+    seed: int = 0,
+) -> str:
+    """The embedding in the plane: t-SNE, a colour for each class, larger where it is uncertain.
+
+    Neighbours stay neighbours; distances between groups, and their sizes, mean nothing.
+
+    Args:
+        sem: ``[N, Ds]`` float, at least 3 items. Of more than 1000 so many are drawn at random.
+        labels: ``[N]``, of any kind that can be put in order.
+        norms: ``[N]``, the uncertainty of each item; None: all dots have one size.
+        seed: of t-SNE and of the items that are drawn.
+
+    Returns:
+        The address of an image, as `svg` gives it.
+
+    Raises:
+        ValueError: there are fewer than 3 items, or the arguments are not of one length.
+
+    Source: van der Maaten and Hinton, *Visualizing Data using t-SNE*, JMLR 2008.
+    """
+    sem, labels = _array(sem), _array(labels)
+    norms = np.ones(len(sem)) if norms is None else _array(norms)
+    if sem.ndim != 2 or len(sem) < 3:
+        raise ValueError(f"sem must have shape [N, Ds] with N >= 3, got {list(sem.shape)}")
+    for name, x in {"labels": labels, "norms": norms}.items():
+        if x.shape != (len(sem),):
+            raise ValueError(f"{name} must have shape [{len(sem)}] like sem, got {list(x.shape)}")
+    shown = np.random.default_rng(seed).permutation(len(sem))[:MAPPED]
+    sem, labels, norms = sem[shown].astype(np.float32), labels[shown], norms[shown]
+    perplexity = min(30, (len(sem) - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, init="random", max_iter=500, random_state=seed, n_jobs=1)
+    x, y = tsne.fit_transform(sem).T
+    classes, label = np.unique(labels, return_inverse=True)
+    color = np.array(colors(len(classes)))[label]
+    figure, axes = drawing(5.0, 4.8)
+    # In steps, since dots of one size are one shape in the file; small ones on top of large ones.
+    steps = np.linspace(norms.min(), norms.max(), 6)
+    step = np.abs(norms[:, None] - steps).argmin(axis=1)
+    sizes = 6 + 3 * np.arange(len(steps)) ** 2
+    for number in range(len(steps))[::-1]:
+        dots = step == number
+        axes.scatter(x[dots], y[dots], sizes[number], c=color[dots], alpha=0.65, linewidths=0)
+    for number, name in enumerate(classes):
+        _name_class(axes, str(name), x[label == number], y[label == number], len(classes))
+    axes.set(xticks=[], yticks=[], title="The embedding in the plane")
+    axes.spines[["left", "bottom"]].set_visible(False)
+    if steps[0] < steps[-1]:
+        for number in (0, 2, 5):
+            said = f"‖u‖ = {steps[number]:.2g}"
+            axes.scatter([], [], sizes[number], color=FAINT, linewidths=0, label=said)
+        figure.legend(loc="outside lower left", ncols=3, fontsize=9)
+    return svg(figure)
 
 
 def drawing(width: float = 5.0, height: float = 3.2) -> tuple[Figure, Axes]:
@@ -58,6 +211,34 @@ def in_percent(axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(math.floor(10 * low) / 10, min(1.0, math.ceil(10 * high) / 10))
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}".replace("%", " %"))
+
+
+def _array(values: ArrayLike) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _percent(share: float, _: int) -> str:
+    return f"{100 * share:g} %"
+
+
+def _name_class(
+    axes: Axes,
+    name: str,
+    x: np.ndarray,  # [n]
+    y: np.ndarray,  # [n]
+    count: int,
+) -> None:
+    """The name of a class above its items, without those that are far from most."""
+    axes.text(
+        *(np.median(x), np.quantile(y, 0.9), name if len(name) <= 12 else f"{name[:11]}…"),
+        fontsize=11 if count <= 10 else 8 if count <= 40 else 6,
+        fontweight="bold",
+        color="#1b2330",
+        ha="center",
+        va="bottom",
+        parse_math=False,  # a name is a name, whatever signs are in it
+        bbox={"facecolor": "white", "alpha": 0.6, "pad": 0.3, "linewidth": 0},
+    )
 
 
 def svg(figure: Figure) -> str:

@@ -67,7 +67,7 @@ class Settings:
         try:
             for k in self.ks:
                 _checks.integer("ks", k, ">= 1", lambda k: k >= 1)
-            _checks.integer("seed", self.seed, "in [0, 2**32)", lambda seed: 0 <= seed < 2**32)
+            _checks.integer("seed", self.seed, "in [0, 2**31)", lambda seed: 0 <= seed < 2**31)
             _checks.one_of("metric", self.metric, ("plain", "introspective"))
             Metric(**self._given)
         except (TypeError, ValueError) as error:
@@ -118,7 +118,7 @@ def evaluate_files(
         raise SettingsError("gallery_labels must go with gallery")
     if METADATA in metadata(files[0]):
         if len(files) > 1 or labels is not None or gallery:
-            raise SettingsError(f"{files[0]} is a network, with test images of its own: no others")
+            raise SettingsError(f"{files[0]} is a network, which brings its own test images, labels and no gallery")
         queries, learned = _embedded(files[0])
     else:
         queries, learned = read_items(files, labels), Metric()
@@ -143,10 +143,10 @@ def judge(
     """
     sides = [queries] if gallery is None else [queries, gallery]
     for items in sides:
-        if metric.reads_unc and items.unc is None:
+        if settings.metric == "introspective" and items.unc is None:
             raise FileError(
-                f"--metric introspective needs uncertainty embeddings, and there are none beside "
-                f"{items.names['sem']}"
+                f"the introspective metric needs uncertainties, but {items.paths['sem']} comes "
+                "without any"
             )
     classes, (labels, *labels2) = numbered(*(items.labels for items in sides))
     _check_matches(sides, labels, *labels2)
@@ -217,19 +217,19 @@ def _embedded(path: Path) -> tuple[Items, Metric]:
         raise FileError(f"{path} is a network of another version of idml_fast: {why}") from None
     data = load_data(config.data, config.run.seed)
     sem, unc = embed(model, data.test_images, config.data.batch_size)
-    names = dict.fromkeys(("sem", "unc", "labels"), f"the test images of {path}")
-    unc = unc if metric.reads_unc else None  # that of others is as it was before training
-    return Items(sem, unc, data.test_labels.numpy(), names), metric
+    unc = unc if metric.reads_unc else None  # else nothing has taught it
+    paths = dict.fromkeys(("sem", "unc", "labels"), path)
+    return Items(sem, unc, data.test_labels.numpy(), paths), metric
 
 
 def _check_matches(sides: list[Items], labels: Tensor, labels2: Tensor | None = None) -> None:
     """Some query has something to be found."""
     if labels2 is not None and not torch.isin(labels, labels2).any():
-        names = [items.names["labels"] for items in sides]
-        raise FileError(f"no query has a match: {names[0]} and {names[1]} share no class")
+        first, second = (items.called("labels") for items in sides)
+        raise FileError(f"no query has a match: {first} and {second} have no class in common")
     if labels2 is None and len(labels.unique()) == len(labels):
         raise FileError(
-            f"no query has a match: in {sides[0].names['labels']} every class has one member"
+            f"no query has a match: in {sides[0].called('labels')} every class has one member"
         )
 
 
@@ -243,7 +243,7 @@ def _uncertainty(
 
 def _described(items: Items) -> dict[str, Any]:
     return {
-        "from": items.names,
+        "files": {name: str(path) for name, path in items.paths.items()},
         "items": len(items),
         "classes": len(set(items.labels.tolist())),
         "sem": items.sem.shape[1],
