@@ -101,12 +101,16 @@ def read_run(folder: Path) -> Run:
         raise RunError(f"{error.filename} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise RunError(f"{other}: its results are no JSON ({error})") from None
-    if not _is_by_metric(results):
+    by_metric = isinstance(results, dict) and set(results) == set(METRICS)
+    if not by_metric or not all(map(_are_numbers, results.values())):
         wanted = " and ".join(METRICS)
         raise RunError(f"{other}: its results.json must have numbers for {wanted}")
-    if not all(isinstance(line, dict) and "loss" in line for line in lines):
-        raise RunError(f"{other}: each line of its metrics.jsonl must have a loss")
-    epochs = {name: [line for line in lines if line.get("metric") == name] for name in METRICS}
+    epochs: dict[str, list[dict[str, Any]]] = {name: [] for name in METRICS}
+    for line in lines:
+        name = line.pop("metric", None) if isinstance(line, dict) else None
+        if name not in METRICS or "loss" not in line or not _are_numbers(line):
+            raise RunError(f"{other}: each line of its metrics.jsonl must have a metric and a loss")
+        epochs[name].append(line)
     for name, found in epochs.items():
         if len(found) != config.optim.epochs:
             raise RunError(
@@ -146,17 +150,11 @@ def _shown(settings: dict[str, Any], key: str) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _is_by_metric(results: Any) -> bool:
-    """Whether these are numbers, or None, by name, for either metric."""
-    return (
-        isinstance(results, dict)
-        and set(results) == set(METRICS)
-        and all(isinstance(result, dict) for result in results.values())
-        and all(
-            value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-            for result in results.values()
-            for value in result.values()
-        )
+def _are_numbers(values: Any) -> bool:
+    """Whether these are numbers, or None, by name."""
+    return isinstance(values, dict) and all(
+        value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+        for value in values.values()
     )
 
 

@@ -118,7 +118,9 @@ def evaluate_files(
         raise SettingsError("gallery_labels must go with gallery")
     if METADATA in metadata(files[0]):
         if len(files) > 1 or labels is not None or gallery:
-            raise SettingsError(f"{files[0]} is a network, which brings its own test images, labels and no gallery")
+            raise SettingsError(
+                f"{files[0]} is a network, which brings its own test images, labels and no gallery"
+            )
         queries, learned = _embedded(files[0])
     else:
         queries, learned = read_items(files, labels), Metric()
