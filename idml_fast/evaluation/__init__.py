@@ -1,6 +1,6 @@
 """How good embeddings are: retrieval, clustering, and whether the uncertainty is alive.
 
-Needs the extra ``idml_fast[train]`` (faiss, scikit-learn, scipy); ``import idml_fast`` does not load it.
+Needs the extra ``idml_fast[train]``: faiss, scikit-learn, scipy; ``import idml_fast`` loads none.
 """
 
 from .clustering import clustering

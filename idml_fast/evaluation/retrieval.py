@@ -12,8 +12,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -24,9 +25,6 @@ from ..paired import paired
 from ..pairwise import pairwise
 from ..rowstats import rowstats
 from ..stats import Count
-
-if TYPE_CHECKING:
-    from numpy import ndarray
 
 # A query with more relevant items than this has its whole row of scores sorted: each one listed is
 # a comparison more for every pair, and some hundred of these take longer than sorting.
@@ -146,13 +144,13 @@ def measures(
 
 @torch.no_grad()
 def retrieval(
-    sem: Tensor | ndarray,  # [N, Ds]
-    labels: Tensor | ndarray,  # [N]
-    sem2: Tensor | ndarray | None = None,  # [M, Ds]
-    labels2: Tensor | ndarray | None = None,  # [M]
+    sem: Tensor | np.ndarray,  # [N, Ds]
+    labels: Tensor | np.ndarray,  # [N]
+    sem2: Tensor | np.ndarray | None = None,  # [M, Ds]
+    labels2: Tensor | np.ndarray | None = None,  # [M]
     *,
-    unc: Tensor | ndarray | None = None,  # [N, Du]
-    unc2: Tensor | ndarray | None = None,  # [M, Du]
+    unc: Tensor | np.ndarray | None = None,  # [N, Du]
+    unc2: Tensor | np.ndarray | None = None,  # [M, Du]
     metric: Metric = Metric.plain(),
     ks: Sequence[int] = (1, 2, 4, 8),
     progress: bool = False,
@@ -245,7 +243,9 @@ class _Items:
 
     def __init__(self, sem: Any, unc: Any, labels: Any, device: torch.device) -> None:
         self.sem, self.unc, self.device = sem, unc, device
-        self.labels = torch.as_tensor(labels, device=device).long()
+        if not isinstance(labels, Tensor):
+            labels = torch.from_numpy(np.array(labels))  # of a file that is not to be written to
+        self.labels = labels.to(device).long()
         self.in_memory = isinstance(sem, Tensor) and (unc is None or isinstance(unc, Tensor))
 
     def __len__(self) -> int:

@@ -1,0 +1,128 @@
+"""idml_fast.evaluation beside faiss and numpy, on the test half of Stanford Online Products.
+
+All measures of retrieval, MRR and mAP over the whole ranking among them. The peer does less: faiss'
+exact search finds as many neighbours as the largest class has, and numpy makes Recall@k,
+precision@k, R-precision and MAP@R of them. Clustering is beside k-means of faiss as it is called.
+"""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import race
+import torch
+
+D = 512  # width of the embedding
+ITEMS, CLASSES = 60_502, 11_316  # of the test half of Stanford Online Products
+SOME = 8  # the default run takes one class in so many
+KS = (1, 10, 100)
+MEMORY_BAR = 2048  # MiB
+SECONDS_BAR = 90.0
+CLUSTERING_SECONDS_BAR = 300.0
+
+pytest.importorskip("faiss", reason="faiss is not installed; the extra `bench` has it")
+
+
+def test_retrieval(race_case):
+    race_case(retrieval_case(ITEMS // SOME, CLASSES // SOME))
+
+
+def test_retrieval_of_all(race_case, full):
+    if not full:
+        pytest.skip("this takes more than a minute: --full")
+    race_case(retrieval_case(ITEMS, CLASSES, rounds=0, seconds_bar=SECONDS_BAR))
+
+
+def test_clustering(race_case, full):
+    if not full:
+        pytest.skip("this takes minutes: --full")
+    race_case(
+        race.Case(
+            title=f"NMI, AMI and F1, {ITEMS} items, {CLASSES} classes, D = {D}",
+            build=clusterers,
+            shape=(ITEMS, CLASSES),
+            peers=("faiss",),
+            flop=25 * 2.0 * ITEMS * CLASSES * D,
+            rounds=0,
+            seconds_bar=CLUSTERING_SECONDS_BAR,
+        )
+    )
+
+
+def retrieval_case(items, classes, **rest) -> race.Case:
+    return race.Case(
+        title=f"retrieval, {items} items, {classes} classes, D = {D}",
+        build=retrievers,
+        shape=(items, classes),
+        peers=("faiss + numpy",),
+        flop=2.0 * items * items * D,
+        bars={"faiss + numpy": 1.0},
+        memory_bar=MEMORY_BAR,
+        **rest,
+    )
+
+
+def problem(items, classes):
+    """Items around the centres of their classes: at least two each, and up to about fifteen."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(classes, (items - 2 * classes,), generator=generator)
+    labels = torch.cat([torch.arange(classes).repeat(2), drawn])
+    centres = torch.randn(classes, D, generator=generator)
+    sem = centres[labels] + 1.5 * torch.randn(items, D, generator=generator)
+    return torch.nn.functional.normalize(sem), labels
+
+
+def retrievers(items, classes, peers) -> race.Contestants:
+    from idml_fast.evaluation import retrieval
+
+    sem, labels = problem(items, classes)
+
+    def ours():
+        return tuple(retrieval(sem, labels, ks=KS).per_query.values())
+
+    return {"ours": ours} | dict.fromkeys(peers, partial(with_faiss, sem, labels))
+
+
+def with_faiss(sem, labels):
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    points, classes = sem.numpy(), labels.numpy()
+    index = faiss.IndexFlatL2(points.shape[1])
+    index.add(points)
+    total = np.bincount(classes)[classes] - 1
+    k = max(*KS, total.max())
+    _, columns = index.search(points, k + 1)
+    # The item itself is left out wherever it is; where duplicates have pushed it out, the last.
+    own = columns == np.arange(len(points))[:, None]
+    own[~own.any(axis=1), -1] = True
+    columns = columns[~own].reshape(len(points), k)
+    hits = classes[columns] == classes[:, None]
+    rank = np.arange(1, k + 1)
+    within = hits & (rank <= total[:, None])
+    there = total > 0
+    found = [hits[:, :k].any(axis=1) for k in KS]
+    found += [hits[:, :k].mean(axis=1) for k in KS]
+    found.append(within[there].sum(axis=1) / total[there])
+    precision = hits.cumsum(axis=1) / rank
+    found.append((precision * within)[there].sum(axis=1) / total[there])
+    return tuple(map(torch.from_numpy, found))
+
+
+def clusterers(items, classes, peers) -> race.Contestants:
+    from idml_fast.evaluation import clustering
+
+    sem, labels = problem(items, classes)
+
+    def ours():
+        return tuple(map(torch.tensor, clustering(sem, labels).values()))
+
+    def faiss_k_means():
+        import faiss
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        k_means = faiss.Kmeans(D, classes, niter=25, min_points_per_centroid=1)
+        k_means.train(sem.numpy())
+        return (torch.from_numpy(k_means.index.search(sem.numpy(), 1)[1]),)
+
+    return {"ours": ours} | dict.fromkeys(peers, faiss_k_means)
