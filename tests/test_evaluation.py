@@ -10,14 +10,11 @@ import torch
 pytest.importorskip("sklearn", reason="the extra idml_fast[train] is not installed")
 
 from idml_fast.evaluation import (
-    CORRUPTIONS,
-    corrupted_norms,
     map_at_r,
     nmi,
     r_precision,
     recall_at_k,
     retrieval,
-    severity_correlation,
 )
 
 # Two queries: three relevant items found at ranks 1, 3, 5 and one found at rank 2.
@@ -160,77 +157,3 @@ def test_nmi_by_hand():
     sem = torch.tensor([[0.0], [0.1], [9.0], [9.1]])
     wanted = mutual / ((entropy_labels + entropy_clusters) / 2)
     assert nmi(sem, torch.tensor([0, 0, 0, 1])) == pytest.approx(wanted)
-
-
-def test_spearman_by_hand():
-    assert severity_correlation(torch.tensor([[1.0], [2.0], [40.0]])) == pytest.approx(1)
-    assert severity_correlation(torch.tensor([[3.0], [2.0], [1.0]])) == pytest.approx(-1)
-    # Ranks 1 2 3 4 against 2 1 4 3: 1 - 6 * (1 + 1 + 1 + 1) / (4 * 15) = 0.6.
-    assert severity_correlation(torch.tensor([[2.0], [1.0], [4.0], [3.0]])) == pytest.approx(0.6)
-
-
-def test_spearman_with_two_images_pools_them():
-    norms = torch.tensor([[1.0, 10.0], [2.0, 20.0]])
-    # Severities 0 0 1 1 have ranks 1.5 1.5 3.5 3.5, the norms 1 3 2 4: covariance 0.5 over
-    # sqrt(1 * 1.25), with everything divided by 4.
-    assert severity_correlation(norms) == pytest.approx(0.5 / math.sqrt(1.25))
-
-
-def test_a_constant_uncertainty_has_no_correlation():
-    assert math.isnan(severity_correlation(torch.ones(6, 10)))
-
-
-def test_spearman_refuses():
-    with pytest.raises(ValueError, match=r"norms must have shape \[S, N\] with S >= 2, got \[4\]"):
-        severity_correlation(torch.ones(4))
-
-
-@pytest.mark.parametrize("name", CORRUPTIONS)
-@pytest.mark.parametrize("shape", [(5, 1, 8, 8), (3, 3, 16, 12)])
-def test_corruptions(name, shape):
-    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    before = images.clone()
-    damaged = [CORRUPTIONS[name](images, severity) for severity in range(6)]
-    assert torch.equal(images, before)  # not in place
-    assert torch.equal(damaged[0], images)
-    for image in damaged:
-        assert image.shape == images.shape
-        assert image.dtype == images.dtype
-        assert 0 <= image.min() <= image.max() <= 1 + 1e-6
-    change = [(image - images).abs().mean().item() for image in damaged]
-    assert change == sorted(set(change)), "every severity must change more than the one before"
-    assert torch.equal(CORRUPTIONS[name](images, 5), damaged[5])
-
-
-def test_blur_keeps_a_uniform_image():
-    grey = torch.full((2, 3, 8, 8), 0.3)
-    assert torch.allclose(CORRUPTIONS["blur"](grey, 5), grey, atol=1e-6)
-
-
-def test_blur_is_the_gaussian_by_hand():
-    image = torch.zeros(1, 1, 9, 20)
-    image[0, 0, 4, 10] = 1
-    sigma = 0.1 * 9
-    weight = torch.exp(-0.5 * (torch.arange(-3.0, 4.0) / sigma) ** 2)
-    weight /= weight.sum()
-    blurred = CORRUPTIONS["blur"](image, 3)[0, 0]
-    assert torch.allclose(blurred[1:8, 7:14], weight[:, None] * weight, atol=1e-6)
-
-
-def test_occlusion_is_a_black_rectangle_within_the_image():
-    images = torch.ones(50, 1, 8, 16)
-    black = (CORRUPTIONS["occlusion"](images, 3) == 0)[:, 0]  # half of either side: 4 x 8
-    assert (black.sum(dim=(1, 2)) == 32).all()
-    assert (black.any(dim=2).sum(dim=1) == 4).all()
-    assert (black.any(dim=1).sum(dim=1) == 8).all()
-    assert len(black.unique(dim=0)) > 10  # not always at the same place
-
-
-def test_corrupted_norms_of_an_embedding_that_sees_darkness():
-    images = torch.rand(6, 1, 8, 8) / 2 + 0.5
-    norms = corrupted_norms(lambda x: (x, 1 - x.flatten(1)), images)
-    assert {name: list(norm.shape) for name, norm in norms.items()} == {
-        name: [6, 6] for name in CORRUPTIONS
-    }
-    assert torch.equal(norms["noise"][0], (1 - images.flatten(1)).norm(dim=1))
-    assert severity_correlation(norms["occlusion"]) > 0.9
