@@ -3,15 +3,61 @@
 Needs the extra ``idml_fast[train]``: faiss, scikit-learn, scipy; ``import idml_fast`` loads none.
 """
 
+from .baselines import mc_dropout, proxy_distance, semantic_norm, softmax_entropy
 from .clustering import clustering
+from .corruptions import CORRUPTIONS, corrupted, corrupted_norms, shuffled
 from .retrieval import Retrieval, retrieval
-from .uncertainty import CORRUPTIONS, corrupted_norms, severity_correlation
+from .uncertainty import (
+    Estimate,
+    UncertaintyTable,
+    Verdict,
+    alive_or_dead,
+    aurc,
+    bootstrap,
+    brier,
+    ece,
+    error_auroc,
+    match_forecast,
+    ood_auroc,
+    pair_auroc,
+    pair_uncertainty,
+    reliability,
+    risk_coverage,
+    sampled_pairs,
+    severity_correlation,
+    uncertainty_table,
+    wrong_answers,
+)
 
 __all__ = [
     "CORRUPTIONS",
+    "Estimate",
     "Retrieval",
+    "UncertaintyTable",
+    "Verdict",
+    "alive_or_dead",
+    "aurc",
+    "bootstrap",
+    "brier",
     "clustering",
+    "corrupted",
     "corrupted_norms",
+    "ece",
+    "error_auroc",
+    "match_forecast",
+    "mc_dropout",
+    "ood_auroc",
+    "pair_auroc",
+    "pair_uncertainty",
+    "proxy_distance",
+    "reliability",
     "retrieval",
+    "risk_coverage",
+    "sampled_pairs",
+    "semantic_norm",
     "severity_correlation",
+    "shuffled",
+    "softmax_entropy",
+    "uncertainty_table",
+    "wrong_answers",
 ]

@@ -18,6 +18,7 @@ FILES = (
     "config.yaml",
     "metrics.jsonl",
     "results.json",
+    "uncertainty.json",
     "conventional.safetensors",
     "introspective.safetensors",
     "report.html",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -24,14 +25,15 @@ from .mixing import mix
 from .model import TwoHeaded, save
 from .optim import adamw
 from .outcome import Outcome, evaluate, record
-from .report import text_table, write_report
+from .report import text_table, uncertainty_text, write_report
 
 
 def run(config: Config) -> dict[str, dict[str, float | None]]:
     """Train with the conventional and with the introspective metric, evaluate, and write it all.
 
     ``<folder>/<name>/`` then holds ``config.yaml``, ``metrics.jsonl`` (a line an epoch and metric),
-    ``results.json`` (the table), a ``.safetensors`` model for either metric and ``report.html``.
+    ``results.json`` (the table), ``uncertainty.json`` (that of ``||u||`` and its baselines, with
+    intervals), a ``.safetensors`` model for either metric and ``report.html``.
     What is evaluated and saved is the network after its last epoch, never the best on test classes.
 
     Returns:
@@ -74,9 +76,12 @@ def _run(config: Config) -> dict[str, dict[str, float | None]]:
     results = {name: outcome.results for name, outcome in outcomes.items()}
     if accelerator.is_main_process:
         write_text(config.folder / "results.json", to_json(results, indent=2) + "\n")
+        tables = {name: asdict(outcome.table) for name, outcome in outcomes.items()}
+        write_text(config.folder / "uncertainty.json", to_json(tables, indent=2) + "\n")
         seconds = time.perf_counter() - start
         write_report(config.folder / "report.html", config, data, outcomes, seconds)
-        print(f"\n{text_table(results)}\n\n{config.folder / 'report.html'}")
+        print(f"\n{text_table(results)}\n\n{uncertainty_text(outcomes)}")
+        print(f"\n{config.folder / 'report.html'}")
     return results
 
 

@@ -56,8 +56,16 @@ class TwoHeaded(nn.Module):
         images: Tensor,  # [N, channels, height, width] in [0, 1]
     ) -> tuple[Tensor, Tensor]:
         """``(sem [N, Ds], unc [N, Du])`` of the images."""
-        features = self.trunk(images)
+        features = self.features(images)
         return F.normalize(self.sem(features), dim=1), self.unc(features)
+
+    def features(
+        self,
+        images: Tensor,  # [N, channels, height, width] in [0, 1]
+    ) -> Tensor:  # [N, F]
+        """What both heads are given; ``model.sem`` makes of it the embedding before its length is
+        normalised."""
+        return self.trunk(images)
 
 
 def _convolution(channels: int, out: int) -> tuple[nn.Module, ...]:

@@ -16,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.image import imsave
 from torch import Tensor
 
-from ..evaluation import CORRUPTIONS, retrieval
+from ..evaluation import CORRUPTIONS, Estimate, retrieval
 from ..evaluation.pictures import COLORS, STYLE, data_uri, drawing, in_percent, svg
 from ..metric import Metric
 from ..nearest import nearest
@@ -28,7 +28,15 @@ from .outcome import JUDGED, QUALITIES, Outcome
 if TYPE_CHECKING:
     from .reproduce import Comparison
 
-PERCENT, NORM, RANK = "{:.1%}", "{:.3g}", "{:+.2f}"
+Form = Callable[[float], str]
+PERCENT, NORM, RANK = "{:.1%}".format, "{:.3g}".format, "{:+.2f}".format
+AUROC, SMALL = "{:.2f}".format, "{:.3f}".format
+
+
+def yes_or_no(value: float) -> str:
+    return "yes" if value else "no"
+
+
 ROWS = {
     "Classification": (("Top-1", "top_1", PERCENT),),
     "Retrieval": (
@@ -44,10 +52,35 @@ ROWS = {
         ("Gradient norm at its head", "unc_grad_norm", NORM),
         ("‖u‖, mean", "unc_norm_mean", NORM),
         ("‖u‖, standard deviation", "unc_norm_std", NORM),
-        ("Spearman with blur", "spearman_blur", RANK),
-        ("Spearman with noise", "spearman_noise", RANK),
-        ("Spearman with occlusion", "spearman_occlusion", RANK),
+        ("‖u‖, variation", "unc_variation", PERCENT),
+        ("Alive", "unc_alive", yes_or_no),
+        ("R-AUROC", "error_auroc", AUROC),
+        ("AURC", "aurc", SMALL),
+        ("Pair AUROC", "pair_auroc", AUROC),
+        ("ECE by D and β", "ece", SMALL),
+        ("ECE by D alone", "ece_distance", SMALL),
+        ("Brier score by D and β", "brier", SMALL),
+        ("Brier score by D alone", "brier_distance", SMALL),
+        *((f"Spearman with {name}", f"spearman_{name}", RANK) for name in CORRUPTIONS),
+        ("OOD AUROC", "ood_auroc", AUROC),
     ),
+}
+# What says how certain an image is, and how that is measured: title, whether more is better, form.
+CANDIDATES = {
+    "unc_norm": "‖u‖",
+    "sem_norm": "−‖s‖",
+    "proxy_distance": "proxy distance",
+    "proxy_entropy": "proxy entropy",
+    "mc_dropout": "MC-dropout",
+}
+MEASURES = {
+    "error_auroc": ("R-AUROC", "↑", AUROC),
+    "aurc": ("AURC", "↓", SMALL),
+    "pair_auroc": ("pairs", "↑", AUROC),
+    "ece": ("ECE", "↓", SMALL),
+    "brier": ("Brier", "↓", SMALL),
+    **{f"spearman_{name}": (name, "↑", RANK) for name in CORRUPTIONS},
+    "ood_auroc": ("OOD", "↑", AUROC),
 }
 
 
@@ -84,6 +117,41 @@ def text_table(results: dict[str, dict[str, float | None]]) -> str:
     return "\n".join(line.rstrip() for line in lines[1:])
 
 
+def uncertainty_rows(outcome: Outcome) -> dict[str, list[tuple[str, str]]]:
+    """By candidate, and for the distance alone: value and interval of every measure, as text."""
+    rows = {CANDIDATES[name]: row for name, row in outcome.table.rows.items()}
+    return {
+        title: [
+            (cell(None, form), "") if name not in row else _interval(row[name], form)
+            for name, (_, _, form) in MEASURES.items()
+        ]
+        for title, row in (rows | {"distance alone": outcome.table.distance}).items()
+    }
+
+
+def answered(outcome: Outcome) -> str:
+    """How many answers are right, with the interval: no uncertainty is read without it."""
+    name = "Recall@1" if "recall_at_1" in outcome.results else "top-1"
+    return "{} {} ({})".format(name, *_interval(outcome.table.right, PERCENT))
+
+
+def uncertainty_text(outcomes: dict[str, Outcome]) -> str:
+    """``‖u‖`` beside its baselines, for a terminal; the intervals are in the report."""
+    head = [f"{title:>5}" for title, _, _ in MEASURES.values()]
+    less = ", ".join(title for title, sign, _ in MEASURES.values() if sign == "↓")
+    lines = [f"Which uncertainty knows its errors (less is better: {less})"]
+    for metric, outcome in outcomes.items():
+        lines += ["", f"{metric}, {answered(outcome)}"]
+        rows = uncertainty_rows(outcome)
+        first = max(map(len, rows))
+        lines += [" " * first + "".join(f"  {title}" for title in head)]
+        for title, cells in rows.items():
+            shown = zip(cells, head, strict=True)
+            values = "".join(f"  {value:>{len(above)}}" for (value, _), above in shown)
+            lines += [title.ljust(first) + values]
+    return "\n".join(lines)
+
+
 def write_report(
     path: Path, config: Config, data: Data, outcomes: dict[str, Outcome], seconds: float
 ) -> None:
@@ -110,6 +178,9 @@ def write_report(
             seconds=seconds,
             metrics=list(outcomes),
             table=table({name: outcome.results for name, outcome in outcomes.items()}),
+            uncertainties={name: uncertainty_rows(outcome) for name, outcome in outcomes.items()},
+            answered={name: answered(outcome) for name, outcome in outcomes.items()},
+            measures=[(title, sign) for title, sign, _ in MEASURES.values()],
             pixels=pixels,
             loss_figure=_curves(outcomes, "loss", "Training loss"),
             quality=title,
@@ -191,11 +262,16 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(versions=versions, **values)
 
 
-def cell(value: float | None, form: str) -> str:
+def cell(value: float | None, form: Form) -> str:
     """A number as a table shows it; what there is not is an en dash."""
     if value is None:
         return "–"
-    return "undefined" if math.isnan(value) else form.format(value).replace("%", " %")
+    return "undefined" if math.isnan(value) else form(value).replace("%", " %")
+
+
+def _interval(number: Estimate, form: Form) -> tuple[str, str]:
+    low, high = (cell(bound, form) for bound in (number.low, number.high))
+    return cell(number.value, form), f"{low} to {high}"
 
 
 def _curves(outcomes: dict[str, Outcome], name: str, label: str) -> str:
