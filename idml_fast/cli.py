@@ -102,9 +102,9 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--gamma", type=float, help="of the introspective metric (0)")
     parser.add_argument("--form", help="distance, cosine or official (distance)")
     parser.add_argument(
-        "--no-clustering", dest="clustering", action="store_false", help="leave out NMI, AMI and F1"
+        "--no-clustering", dest="clustering", action="store_false", help="no k-means of the queries"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the clusters (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of clusters and samples (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
 
 

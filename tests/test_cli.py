@@ -79,8 +79,8 @@ def test_help_names_the_commands(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     shown = capsys.readouterr().out
-    assert "train" in shown
-    assert "doctor" in shown
+    for command in ("train", "reproduce", "eval", "report", "doctor"):
+        assert f"\n    {command}" in shown
 
 
 def test_help_of_train_shows_what_it_would_do(capsys):

@@ -69,7 +69,9 @@ def read_items(files: Sequence[Path], labels: Path | None = None) -> Items:
     sources = {"sem": first, "unc": files[-1], "labels": labels or first}
     if first.suffix.lower() == ".npy":
         if labels is None:
-            raise FileError(f"{first} holds one array alone: --labels must say where labels are")
+            raise FileError(
+                f"{first} holds one array alone: a file with the labels must be given too"
+            )
         if len(files) == 1:
             del sources["unc"]
     found = {name: _read(path, name) for name, path in sources.items()}

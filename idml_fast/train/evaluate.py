@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ from torch import Tensor
 from .. import _checks
 from ..evaluation import clustering, retrieval
 from ..evaluation.files import FileError, Items, check_gallery, metadata, numbered, read_items
+from ..evaluation.uncertainty import uncertainty_table
 from ..metric import Metric
 from .data import load_data
 from .folder import read_config, to_json, write_text
@@ -30,8 +32,14 @@ TITLES = {
     "nmi": "NMI",
     "ami": "AMI",
     "f1": "F1",
-    "unc_norm_mean": "‖u‖, mean",
-    "unc_norm_std": "‖u‖, standard deviation",
+    "right": "Recall@1 by sem alone",
+    "error_auroc": "R-AUROC",
+    "aurc": "AURC",
+    "pair_auroc": "AUROC of pairs",
+    "ece": "ECE of P(match | D, β)",
+    "brier": "Brier of P(match | D, β)",
+    "ece_without_unc": "ECE of P(match | D)",
+    "brier_without_unc": "Brier of P(match | D)",
 }
 
 
@@ -49,7 +57,7 @@ class Settings:
         tau, gamma, form: of the introspective metric; None: what the network has learned with, or
             else the default of `idml_fast.Metric`.
         clustering: whether to cluster, which may take the longest.
-        seed: of the clusters.
+        seed: of the clusters, and of the draws that the uncertainty is judged by.
 
     Raises:
         SettingsError: a value is out of its range.
@@ -129,9 +137,9 @@ def evaluate_files(
         found_in = read_items(gallery, gallery_labels)
         check_gallery(queries, found_in)
     result = judge(queries, found_in, settings, settings.choose(learned))
+    print(text_table(result))
     if json is not None:
         write_text(json, to_json(result, indent=2) + "\n")
-    print(text_table(result))
     return result
 
 
@@ -150,27 +158,31 @@ def judge(
                 f"the introspective metric needs uncertainties, but {items.paths['sem']} comes "
                 "without any"
             )
-    classes, (labels, *labels2) = numbered(*(items.labels for items in sides))
-    _check_matches(sides, labels, *labels2)
+    classes, numbers = numbered(*(items.labels for items in sides))
+    _check_matches(sides, numbers)
+    labels, sem2, labels2, unc2 = numbers[0], None, None, None
+    if gallery is not None:
+        sem2, labels2, unc2 = gallery.sem, numbers[1], gallery.unc
     progress = sys.stderr.isatty()
     found = retrieval(
         queries.sem,
         labels,
-        *(x for items in sides[1:] for x in (items.sem, *labels2)),
+        sem2,
+        labels2,
         unc=queries.unc if metric.reads_unc else None,
-        unc2=gallery.unc if metric.reads_unc and gallery is not None else None,
+        unc2=unc2 if metric.reads_unc else None,
         metric=metric,
         ks=settings.ks,
         progress=progress,
     )
-    rows = found.unmatched.tolist()
     result = {
         "queries": _described(queries),
         "gallery": None if gallery is None else _described(gallery),
-        "metric": {"name": settings.metric, **(asdict(metric) if metric.reads_unc else {})},
+        "metric": {"name": settings.metric}
+        | ({} if settings.metric == "plain" else asdict(metric)),
         "retrieval": found.values,
         "unmatched": {
-            "rows": rows,
+            "rows": found.unmatched.tolist(),
             "classes": [classes[label] for label in labels[found.unmatched].unique().tolist()],
         },
     }
@@ -178,8 +190,8 @@ def judge(
         result["clustering"] = clustering(
             queries.sem, labels, seed=settings.seed, progress=progress
         )
-    if queries.unc is not None:
-        result["uncertainty"] = _uncertainty(queries.unc)
+    if all(items.unc is not None for items in sides) and len(queries) > 1:
+        result["uncertainty"] = _uncertainty(queries, labels, sem2, labels2, unc2, settings.seed)
     return result | {"versions": {name: version(name) for name in ("idml_fast", "torch")}}
 
 
@@ -188,19 +200,17 @@ def text_table(result: dict[str, Any]) -> str:
     queries, gallery = result["queries"], result["gallery"]
     among = "among themselves" if gallery is None else f"in a gallery of {gallery['items']}"
     widths = [f"{name} {queries[name]} wide" for name in ("sem", "unc") if queries.get(name)]
-    metric = dict(result["metric"])
-    told = ", ".join(f"{key} {value}" for key, value in metric.items() if key != "name")
+    told = ", ".join(f"{key} {value}" for key, value in result["metric"].items() if key != "name")
     lines = [
         f"{queries['items']} queries of {queries['classes']} classes {among}; {', '.join(widths)}",
-        f"nearest by the {metric['name']} metric" + (f" ({told})" if told else ""),
+        f"nearest by the {result['metric']['name']} metric" + (f" ({told})" if told else ""),
     ]
     sections = [name for name in ("retrieval", "clustering", "uncertainty") if name in result]
     width = max(len(_title(name)) for section in sections for name in result[section])
     for section in sections:
         lines += ["", section.capitalize(), "─" * (width + 11)]
         for name, value in result[section].items():
-            shown = f"{value:.4g}" if section == "uncertainty" else f"{100 * value:.2f} %"
-            lines.append(f"{_title(name):<{width}}   {shown:>8}")
+            lines.append(f"{_title(name):<{width}}   {_shown(value)}")
     rows, classes = result["unmatched"]["rows"], result["unmatched"]["classes"]
     if rows:
         why = "alone in their class" if gallery is None else "without a match in the gallery"
@@ -224,23 +234,31 @@ def _embedded(path: Path) -> tuple[Items, Metric]:
     return Items(sem, unc, data.test_labels.numpy(), paths), metric
 
 
-def _check_matches(sides: list[Items], labels: Tensor, labels2: Tensor | None = None) -> None:
+def _check_matches(sides: list[Items], numbers: list[Tensor]) -> None:
     """Some query has something to be found."""
-    if labels2 is not None and not torch.isin(labels, labels2).any():
-        first, second = (items.called("labels") for items in sides)
-        raise FileError(f"no query has a match: {first} and {second} have no class in common")
-    if labels2 is None and len(labels.unique()) == len(labels):
-        raise FileError(
-            f"no query has a match: in {sides[0].called('labels')} every class has one member"
-        )
+    names = [items.called("labels") for items in sides]
+    if len(sides) == 2 and not torch.isin(*numbers).any():
+        raise FileError(f"no query has a match: {names[0]} and {names[1]} have no class in common")
+    if len(sides) == 1 and len(numbers[0].unique()) == len(numbers[0]):
+        raise FileError(f"no query has a match: in {names[0]} every class has one member")
 
 
 def _uncertainty(
-    unc: Tensor,  # [N, Du]
-) -> dict[str, float]:
-    """What the uncertainty is worth."""
-    norm = unc.norm(dim=1).double()
-    return {"unc_norm_mean": norm.mean().item(), "unc_norm_std": norm.std().item()}
+    queries: Items,
+    labels: Tensor,  # [N]
+    sem2: Tensor | None,  # [M, Ds]
+    labels2: Tensor | None,  # [M]
+    unc2: Tensor | None,  # [M, Du]
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """What the uncertainty is worth: each number, and the interval that it is in."""
+    others = None if unc2 is None else {"unc": unc2}
+    table = uncertainty_table(
+        {"unc": queries.unc}, queries.sem, labels, sem2, labels2, others, seed=seed
+    )
+    without = {f"{name}_without_unc": number for name, number in table.distance.items()}
+    found = {"right": table.right, **table.rows["unc"], **without}
+    return {name: asdict(number) for name, number in found.items()}
 
 
 def _described(items: Items) -> dict[str, Any]:
@@ -251,6 +269,14 @@ def _described(items: Items) -> dict[str, Any]:
         "sem": items.sem.shape[1],
         "unc": None if items.unc is None else items.unc.shape[1],
     }
+
+
+def _shown(value: float | dict[str, float]) -> str:
+    if not isinstance(value, dict):
+        return f"{100 * value:6.2f} %"
+    if math.isnan(value["value"]):
+        return "undefined"
+    return "{value:8.3f}   {low:.3f} to {high:.3f}".format(**value)
 
 
 def _title(name: str) -> str:
