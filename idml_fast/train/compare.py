@@ -108,7 +108,7 @@ def read_run(folder: Path) -> Run:
     epochs: dict[str, list[dict[str, Any]]] = {name: [] for name in METRICS}
     for line in lines:
         name = line.pop("metric", None) if isinstance(line, dict) else None
-        if name not in METRICS or "loss" not in line or not _are_numbers(line):
+        if name not in tuple(METRICS) or "loss" not in line or not _are_numbers(line):
             raise RunError(f"{other}: each line of its metrics.jsonl must have a metric and a loss")
         epochs[name].append(line)
     for name, found in epochs.items():
