@@ -14,14 +14,24 @@ import torch
 pytest.importorskip("jinja2", reason="the extra idml_fast[train] is not installed")
 
 from idml_fast import Metric
-from idml_fast.evaluation import CORRUPTIONS
+from idml_fast.evaluation import CORRUPTIONS, Estimate, UncertaintyTable
 from idml_fast.train.config import Config
 from idml_fast.train.data import load_data
 from idml_fast.train.outcome import Outcome
-from idml_fast.train.report import ROWS, table, text_table, write_report
+from idml_fast.train.report import (
+    CANDIDATES,
+    MEASURES,
+    ROWS,
+    table,
+    text_table,
+    uncertainty_text,
+    write_report,
+)
 
 VOID = {"meta", "link", "img", "br", "hr"}
 NAMES = [name for rows in ROWS.values() for _, name, _ in rows if name != "top_1"]
+# What a metric has whose uncertainty nobody reads.
+ALWAYS = [*NAMES[:7], "ece_distance", "brier_distance"]
 
 
 class Page(HTMLParser):
@@ -51,6 +61,19 @@ class Page(HTMLParser):
         return [attributes for found, attributes in self.elements if found == tag]
 
 
+def known(alive: bool) -> UncertaintyTable:
+    """A made-up table; of some candidate a number is undefined."""
+    nan = float("nan")
+    rows = {
+        name: {measure: Estimate(0.25, 0.125, 0.5) for measure in MEASURES}
+        for name in CANDIDATES
+        if alive or name != "unc_norm"
+    }
+    rows["mc_dropout"]["error_auroc"] = Estimate(nan, nan, nan)
+    distance = {name: Estimate(0.0625, 0.0, 0.125) for name in ("ece", "brier")}
+    return UncertaintyTable(Estimate(0.9, 0.875, 0.925), distance, rows, 0)
+
+
 def outcome(metric: Metric, seed: int, images: int) -> Outcome:
     """A made-up outcome."""
     draw = torch.Generator().manual_seed(seed)
@@ -58,10 +81,11 @@ def outcome(metric: Metric, seed: int, images: int) -> Outcome:
     unc = torch.randn(images, 4, generator=draw)
     alive = metric.reads_unc
     norms = {name: torch.rand(6, images, generator=draw) for name in CORRUPTIONS if alive}
-    lacking = {name for name in NAMES if name.startswith(("unc_", "spearman_"))}
-    results = {name: None if name in lacking and not alive else 0.25 for name in NAMES}
+    results = {name: 0.25 if alive or name in ALWAYS else None for name in NAMES}
     epochs = [{"epoch": n, "loss": 3.0 / n, "recall_at_1": 0.8 + n / 100} for n in (1, 2, 3)]
-    return Outcome(metric, epochs, results, sem, unc, norms)
+    uncertainties = {"unc_norm": unc.norm(dim=1)} if alive else {}
+    wrong = torch.rand(images, generator=draw) < 0.1
+    return Outcome(metric, epochs, results, sem, unc, norms, uncertainties, wrong, known(alive))
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +142,8 @@ def test_every_image_is_whole_and_described(text):
         else:
             assert kind == "image/png"
             assert content.startswith(b"\x89PNG")
-    # 12 queries with five neighbours, 20 extremes, three strips of six, and seven figures.
-    assert len(images) == 12 * 6 + 20 + 3 * 6 + 7
+    # 12 queries with five neighbours, 20 extremes, five strips of six, and nine figures.
+    assert len(images) == 12 * 6 + 20 + 5 * 6 + 9
 
 
 def test_it_escapes_what_it_is_told(text):
@@ -199,15 +223,25 @@ def test_the_metric_that_is_drawn_is_the_library_s():
 
 def test_the_table_has_dashes_where_there_is_no_uncertainty():
     results = {
-        "conventional": dict.fromkeys(NAMES, 0.5) | dict.fromkeys(NAMES[7:]),
+        "conventional": dict.fromkeys(NAMES) | dict.fromkeys(ALWAYS, 0.5),
         "introspective": dict.fromkeys(NAMES, 0.5) | {"spearman_blur": float("nan")},
     }
     sections = table(results)
-    rows = [row for section in sections.values() for row in section]
-    assert [row[1] for row in rows] == ["50.0 %"] * 7 + ["–"] * 6
-    assert rows[0] == ["Recall@1", "50.0 %", "50.0 %"]
-    assert rows[10] == ["Spearman with blur", "–", "undefined"]
-    assert rows[12] == ["Spearman with occlusion", "–", "+0.50"]
+    rows = {title: cells for section in sections.values() for title, *cells in section}
+    assert len(rows) == len(NAMES)
+    dashes = [title for title, (cell, _) in rows.items() if cell == "–"]
+    assert len(dashes) == len(NAMES) - len(ALWAYS)
+    assert rows["Recall@1"] == ["50.0 %", "50.0 %"]
+    assert rows["Alive"] == ["–", "yes"]
+    assert rows["R-AUROC"] == ["–", "0.50"]
+    assert rows["ECE by D alone"] == ["0.500", "0.500"]
+    assert rows["Spearman with blur"] == ["–", "undefined"]
+    assert rows["Spearman with contrast"] == ["–", "+0.50"]
+
+
+def test_a_dead_uncertainty_is_said():
+    results = {"introspective": dict.fromkeys(NAMES, 0.0)}
+    assert ["Alive", "no"] in table(results)["Uncertainty"]
 
 
 def test_the_table_of_a_classification():
@@ -220,13 +254,48 @@ def test_the_table_of_a_classification():
 
 def test_the_terminal_s_table_lines_up():
     results = {
-        "conventional": dict.fromkeys(NAMES, 0.5) | dict.fromkeys(NAMES[7:]),
+        "conventional": dict.fromkeys(NAMES) | dict.fromkeys(ALWAYS, 0.5),
         "introspective": dict.fromkeys(NAMES, 1.0),
     }
     lines = text_table(results).splitlines()
     assert lines[0].split() == ["Retrieval", "conventional", "introspective"]
-    rows = [line for line in lines if "%" in line or "–" in line]
-    assert len(rows) == 13
+    rows = [line for line in lines[1:] if line and "─" not in line and line != "Uncertainty"]
+    assert len(rows) == len(NAMES)
     assert len({len(line) for line in rows}) == 1
     for title in ("Recall@1", "Recall@8", "NMI", "R-precision", "MAP@R", "Spearman with noise"):
         assert any(line.startswith(title) for line in rows)
+
+
+def test_candidates_are_compared_in_the_terminal_beside_the_recall(told):
+    text = uncertainty_text(told[2])
+    first, _, conventional, head, *rows = text.splitlines()
+    assert "less is better: AURC, ECE, Brier" in first
+    assert conventional == "conventional, Recall@1 90.0 % (87.5 % to 92.5 %)"
+    assert head.split() == [title for title, _, _ in MEASURES.values()]
+    end = rows.index("")
+    assert [row.split("  ")[0] for row in rows[:end]] == [
+        *list(CANDIDATES.values())[1:],
+        "distance alone",
+    ]
+    assert {len(row) for row in rows[:end]} == {len(head)}
+    numbers = "0.25 0.250 0.25 0.250 0.250 +0.25 +0.25 +0.25 +0.25 +0.25 0.25"
+    assert rows[0].split() == ["−‖s‖", *numbers.split()]
+    assert "undefined" in rows[3]
+    assert rows[4].split()[2:] == ["–", "–", "–", "0.062", "0.062", "–", "–", "–", "–", "–", "–"]
+    assert rows[end + 1].startswith("introspective, Recall@1")
+    assert rows[end + 3].startswith("‖u‖ ")
+    assert max(map(len, text.splitlines())) < 120
+
+
+def test_candidates_are_compared_in_the_report_with_intervals(text):
+    words = Page(text).words
+    for title in CANDIDATES.values():
+        assert words.count(title) == (1 if title == "‖u‖" else 2)
+    assert words.count("distance alone") == 2
+    assert words.count("+0.12 to +0.50") == 9 * 5  # four candidates and five, five corruptions
+    assert words.count("0.000 to 0.125") == 2 * 2
+    assert "introspective, Recall@1 90.0 % (87.5 % to 92.5 %)" in words
+    assert words.count("undefined") == 2
+    for title in ("R-AUROC ↑", "AURC ↓", "Spearman with contrast ↑"):
+        assert words.count(title) == 2
+    assert "undefined to" not in text

@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 
 from idml_fast import Metric, backend, losses
+from idml_fast.evaluation import CORRUPTIONS
 from idml_fast.train import Config, TwoHeaded, load, load_config, load_loss, run
 from idml_fast.train.config import (
     DataConfig,
@@ -37,6 +38,7 @@ from idml_fast.train.loop import batch_loss, stays_on_cpu, train
 from idml_fast.train.mixing import mix
 from idml_fast.train.model import save
 from idml_fast.train.optim import adamw
+from idml_fast.train.outcome import uncertainties
 
 METRICS = ("conventional", "introspective")
 
@@ -129,9 +131,67 @@ def test_the_uncertainty_is_alive(finished):
     introspective = results["introspective"]
     assert introspective["unc_grad_norm"] > 1e-2
     assert introspective["unc_norm_std"] > 1e-3
-    for name in ("blur", "noise", "occlusion"):
+    assert introspective["unc_alive"] == 1
+    assert introspective["unc_variation"] > 0.01
+    for name in CORRUPTIONS:
         assert -1 <= introspective[f"spearman_{name}"] <= 1
         assert results["conventional"][f"spearman_{name}"] is None
+    for name in ("error_auroc", "aurc", "pair_auroc", "ece", "brier", "ood_auroc"):
+        assert 0 <= introspective[name] <= 1
+        assert results["conventional"][name] is None
+    for result in results.values():
+        assert 0 < result["brier_distance"] < 0.25
+
+
+def test_candidates_are_written_with_their_intervals_beside_the_recall(finished):
+    config, results = finished
+    tables = json.loads((config.folder / "uncertainty.json").read_text())
+    assert list(tables) == list(METRICS)
+    baselines = ["sem_norm", "proxy_distance", "proxy_entropy", "mc_dropout"]
+    assert list(tables["conventional"]["rows"]) == baselines
+    assert list(tables["introspective"]["rows"]) == ["unc_norm", *baselines]
+    for name, found in tables.items():
+        assert found["right"]["value"] == results[name]["recall_at_1"]
+        assert found["unmatched"] == 0
+        for row in found["rows"].values():
+            for number in row.values():
+                assert number["low"] < number["high"]
+    for name, number in tables["introspective"]["rows"]["unc_norm"].items():
+        assert number["value"] == results["introspective"][name]
+
+
+@pytest.mark.parametrize("name", ["proxy_anchor", "proxy_nca", "contrastive", "softmax"])
+def test_candidates_of_every_kind_of_loss(tmp_path, name):
+    task = "classification" if name == "softmax" else "retrieval"
+    config = tiny(tmp_path, data=DataConfig(task=task), loss=LossConfig(name=name))
+    metric = config.metrics["introspective"]
+    model = TwoHeaded(config.model, 1, (8, 8)).eval()
+    criterion, images = config.criterion(metric), torch.rand(50, 1, 8, 8)
+    with torch.no_grad():
+        found = uncertainties(model, criterion, images, 20)
+        sem, unc = model(images)
+        raw = model.sem(model.features(images))
+        assert torch.allclose(found["unc_norm"], unc.norm(dim=1))
+        assert torch.allclose(found["sem_norm"], -raw.norm(dim=1))
+        assert torch.allclose(raw / raw.norm(dim=1, keepdim=True), sem, atol=1e-6)
+        if name == "contrastive":
+            assert set(found) == {"unc_norm", "sem_norm", "mc_dropout"}
+            return
+        loss = criterion.loss.eval()
+        proxies = loss.settings()["proxies"]
+        scale = loss.alpha if name == "proxy_anchor" else loss.softmax_scale
+        if name == "proxy_nca":
+            logits = -scale * torch.cdist(sem, proxies) ** 2
+        elif name == "softmax":
+            logits = loss.logits(sem)
+        else:
+            logits = scale * sem @ proxies.T
+        entropy = torch.distributions.Categorical(logits=logits).entropy()
+    assert torch.allclose(found["proxy_entropy"], entropy, atol=1e-5)
+    wanted = torch.cdist(sem, proxies).amin(dim=1)
+    assert torch.allclose(found["proxy_distance"], wanted, atol=1e-5)
+    metric = config.metrics["conventional"]
+    assert "unc_norm" not in uncertainties(model, config.criterion(metric), images, 20)
 
 
 def test_training_goes_through_the_library(tmp_path, monkeypatch):
@@ -497,7 +557,9 @@ def classified(tmp_path_factory):
 
 def test_classification_learns_and_reports(classified):
     config, results = classified
-    for result in results.values():
+    tables = json.loads((config.folder / "uncertainty.json").read_text())
+    for name, result in results.items():
+        assert tables[name]["right"]["value"] == pytest.approx(result["top_1"])
         assert result["top_1"] > 0.6  # by chance 0.1
         assert "recall_at_1" not in result
     assert results["introspective"]["unc_grad_norm"] > 1e-3
@@ -505,6 +567,9 @@ def test_classification_learns_and_reports(classified):
     page = (config.folder / "report.html").read_text("utf-8")
     assert "Top-1" in page
     assert "Recall@1" not in page
+    assert (
+        f"introspective, top-1 {results['introspective']['top_1']:.1%}".replace("%", " %") in page
+    )
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -65,7 +65,8 @@ ROWS = {
         ("OOD AUROC", "ood_auroc", AUROC),
     ),
 }
-# What says how certain an image is, and how that is measured: title, whether more is better, form.
+TITLES = {name: title for rows in ROWS.values() for title, name, _ in rows}
+# What says how certain an image is, and how that is measured: short title, what is better, form.
 CANDIDATES = {
     "unc_norm": "‖u‖",
     "sem_norm": "−‖s‖",
@@ -137,18 +138,17 @@ def answered(outcome: Outcome) -> str:
 
 def uncertainty_text(outcomes: dict[str, Outcome]) -> str:
     """``‖u‖`` beside its baselines, for a terminal; the intervals are in the report."""
-    head = [f"{title:>5}" for title, _, _ in MEASURES.values()]
     less = ", ".join(title for title, sign, _ in MEASURES.values() if sign == "↓")
     lines = [f"Which uncertainty knows its errors (less is better: {less})"]
     for metric, outcome in outcomes.items():
         lines += ["", f"{metric}, {answered(outcome)}"]
-        rows = uncertainty_rows(outcome)
-        first = max(map(len, rows))
-        lines += [" " * first + "".join(f"  {title}" for title in head)]
-        for title, cells in rows.items():
-            shown = zip(cells, head, strict=True)
-            values = "".join(f"  {value:>{len(above)}}" for (value, _), above in shown)
-            lines += [title.ljust(first) + values]
+        rows = [["", *(title for title, _, _ in MEASURES.values())]]
+        for title, cells in uncertainty_rows(outcome).items():
+            rows.append([title, *(value for value, _ in cells)])
+        first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for title, *values in rows:
+            shown = zip(values, widths, strict=True)
+            lines.append(title.ljust(first) + "".join(f"  {x:>{width}}" for x, width in shown))
     return "\n".join(lines)
 
 
@@ -180,7 +180,7 @@ def write_report(
             table=table({name: outcome.results for name, outcome in outcomes.items()}),
             uncertainties={name: uncertainty_rows(outcome) for name, outcome in outcomes.items()},
             answered={name: answered(outcome) for name, outcome in outcomes.items()},
-            measures=[(title, sign) for title, sign, _ in MEASURES.values()],
+            measures=[f"{TITLES[name]} {sign}" for name, (_, sign, _) in MEASURES.items()],
             pixels=pixels,
             loss_figure=_curves(outcomes, "loss", "Training loss"),
             quality=title,
@@ -270,8 +270,8 @@ def cell(value: float | None, form: Form) -> str:
 
 
 def _interval(number: Estimate, form: Form) -> tuple[str, str]:
-    low, high = (cell(bound, form) for bound in (number.low, number.high))
-    return cell(number.value, form), f"{low} to {high}"
+    value, low, high = (cell(x, form) for x in (number.value, number.low, number.high))
+    return value, "" if math.isnan(number.value) else f"{low} to {high}"
 
 
 def _curves(outcomes: dict[str, Outcome], name: str, label: str) -> str:
