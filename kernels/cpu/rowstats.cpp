@@ -171,11 +171,20 @@ IDML_INLINE void add_sum(const T* x, std::int64_t count, const std::int32_t* loo
   state[0] += total;
 }
 
-IDML_INLINE void add_count(std::int64_t count, const std::int32_t* looked_at, const State& state) {
-  std::int64_t total = 0;
+// Looks and counts in one go: there may be many of these, each with another window.
+template <class T>
+IDML_INLINE void add_count(const Statistic& statistic, const Items& items, std::int64_t i,
+                           const T* x, std::int64_t count, const std::int32_t* group,
+                           const State& state) {
+  const auto bound = [&](std::int64_t row) {  // without one, NaN: no number is beyond it
+    return row < 0 ? std::numeric_limits<T>::quiet_NaN() : items.bounds.row<T>(row)[i];
+  };
+  const T above = bound(statistic.above), below = bound(statistic.below);
+  const std::int32_t where = statistic.where;
+  std::int32_t total = 0;
 #pragma omp simd reduction(+ : total)
   for (std::int64_t j = 0; j < count; ++j)
-    total += looked_at[j];
+    total += ((group[j] & where) != 0) & !(x[j] <= above) & !(x[j] >= below);
   state[0] += static_cast<double>(total);
 }
 
@@ -251,8 +260,12 @@ void reduce_row(const std::vector<Statistic>& statistics, const Items& rows, std
       if (!(present & statistic.where))
         continue;
       const T* x = raise(scores, count, statistic.power, scratch.raised.data());
-      look<false>(statistic, rows, i, x, count, group, looked_at);
       const State state{rows.state, statistic.state, i};
+      if (statistic.reduction == Reduction::count) {
+        add_count(statistic, rows, i, x, count, group, state);
+        continue;
+      }
+      look<false>(statistic, rows, i, x, count, group, looked_at);
       switch (statistic.reduction) {
         case Reduction::log_sum_exp:
           add_log_sum_exp(statistic, x, count, looked_at, scratch.terms.data(), state);
@@ -261,7 +274,6 @@ void reduce_row(const std::vector<Statistic>& statistics, const Items& rows, std
           add_sum(x, count, looked_at, state);
           break;
         case Reduction::count:
-          add_count(count, looked_at, state);
           break;
         case Reduction::hinge:
           add_hinge(statistic, rows.bounds.row<T>(statistic.threshold)[i], x, count, looked_at,
