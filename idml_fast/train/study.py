@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import false_discovery_control, ttest_rel
 
+from ..evaluation import CORRUPTIONS
 from ..metric import Metric
 from .folder import write_text
 from .reproduce import Results, load_recipe, merged, results_of, seeded, written
@@ -24,14 +25,20 @@ CONTESTANTS = {
     "released": ({"metric": asdict(Metric.official())}, "introspective"),
 }
 RIVALS = ("conventional", "released")  # of the introspective metric
-# What is compared, all numbers of a run's results.
+# What is compared: numbers of a run's results. What no run has gets no table.
 MEASURES = {
     "recall_at_1": "Recall@1",
     "map_at_r": "MAP@R",
     "nmi": "NMI",
-    "spearman_blur": "Spearman's ρ of ‖u‖ with the severity of a blur",
-    "spearman_noise": "Spearman's ρ of ‖u‖ with the severity of noise",
-    "spearman_occlusion": "Spearman's ρ of ‖u‖ with the severity of an occlusion",
+    "error_auroc": "R-AUROC: does ‖u‖ rank wrong answers above right ones (0.5: no)",
+    "aurc": "AURC: area under the risk-coverage curve by ‖u‖ (less is better)",
+    "pair_auroc": "AUROC of β for wrong decisions about pairs",
+    "ood_auroc": "AUROC of ‖u‖ for out-of-distribution images",
+    "ece": "ECE of P(match | D, β) (less is better)",
+    **{
+        f"spearman_{kind}": f"Spearman's ρ of ‖u‖ with the severity of {kind}"
+        for kind in CORRUPTIONS
+    },
 }
 # What is told but not compared: neither more nor less of it is better.
 DESCRIBED = {
@@ -81,6 +88,12 @@ class Study:
     def conditions(self) -> list[str]:
         """What was done to the training data."""
         return list(dict.fromkeys(condition for condition, _ in self.results))
+
+    @property
+    def numbers(self) -> list[str]:
+        """Those of `NUMBERS` that some run has."""
+        runs = [result for results in self.results.values() for result in results]
+        return [name for name in NUMBERS if any(run.get(name) is not None for run in runs)]
 
     def values(self, name: str, condition: str, contestant: str) -> np.ndarray:  # [seeds]
         """A number of every seed; NaN where there is none."""
@@ -148,10 +161,13 @@ class Study:
     def to_markdown(self) -> str:
         """A table for each number, and the verdicts."""
         parts = [self.note]
-        for name, title in NUMBERS.items():
+        for name in self.numbers:
             head, *body = self.table(name)
             rows = [head, ["---", *["---:"] * (len(head) - 1)], *body]
-            parts += [f"### {title}", "\n".join(f"| {' | '.join(cells)} |" for cells in rows)]
+            parts += [
+                f"### {NUMBERS[name]}",
+                "\n".join(f"| {' | '.join(cells)} |" for cells in rows),
+            ]
         return "\n\n".join([*parts, "### All comparisons", *self.verdicts()])
 
     @property
@@ -171,7 +187,7 @@ class Study:
         the introspective metric has more than it: difference, half of its 95 % interval, p."""
         head = ["dataset", "number", "condition", "contestant", "seeds", "mean", "std"]
         lines = [[*head, "difference", "interval", "p", "p_corrected"]]
-        for name in NUMBERS:
+        for name in self.numbers:
             for condition, contestant in self.results:
                 cells = self.mean(name, condition, contestant)
                 difference = self.differences.get((name, condition, contestant))
@@ -183,10 +199,11 @@ class Study:
 
     def runs_to_csv(self) -> str:
         """Every number of every run: a line for each condition, contestant and seed."""
-        lines = [["dataset", "condition", "contestant", "seed", *NUMBERS]]
+        names = self.numbers
+        lines = [["dataset", "condition", "contestant", "seed", *names]]
         for key, results in self.results.items():
             for seed, result in zip(self.seeds, results, strict=True):
-                lines.append([self.dataset, *key, seed, *(result.get(name) for name in NUMBERS)])
+                lines.append([self.dataset, *key, seed, *(result.get(name) for name in names)])
         return written(lines)
 
 
