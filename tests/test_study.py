@@ -17,7 +17,7 @@ import torch
 
 pytest.importorskip("accelerate", reason="the extra idml_fast[train] is not installed")
 
-from conftest import ROOT  # noqa
+from conftest import ROOT
 from scipy.stats import t as student_t
 from scipy.stats import ttest_rel
 from sklearn.datasets import load_digits
@@ -39,6 +39,13 @@ reproduce = importlib.import_module("idml_fast.train.reproduce")
 def changed(data, clean) -> np.ndarray:
     """Which training images differ."""
     return (data.train_images != clean.train_images).flatten(1).any(dim=1).numpy()
+
+
+def at_severity(data, clean) -> torch.Tensor:  # [5, N]
+    """Which training images are those of the other data, blurred at each severity."""
+    # A convolution may round otherwise in another batch.
+    blurred = [CORRUPTIONS["blur"](clean.train_images, severity) for severity in range(1, 6)]
+    return ((torch.stack(blurred) - data.train_images).abs() < 1e-5).flatten(2).all(dim=2)
 
 
 @pytest.mark.parametrize("task", ["retrieval", "classification"])
@@ -87,11 +94,7 @@ def test_a_wrong_label_is_any_other_class():
 def test_as_many_images_are_blurred_at_each_severity():
     clean, data = load_data(DataConfig()), load_data(DataConfig(blurred=0.3))
     blurred = changed(data, clean)
-    found = [
-        (data.train_images == CORRUPTIONS["blur"](clean.train_images, severity)).flatten(1).all(1)
-        for severity in range(1, 6)
-    ]
-    counts = [int(at[blurred].sum()) for at in found]
+    counts = at_severity(data, clean)[:, blurred].sum(dim=1).tolist()
     assert sum(counts) == blurred.sum() == 270
     assert max(counts) - min(counts) <= 1
 
@@ -109,9 +112,7 @@ def test_a_mixed_image_is_the_mean_of_two_classes_under_the_label_of_the_first()
 
 def test_mixed_images_are_blurred_afterwards():
     mixed, both = load_data(DataConfig(mixed=1.0)), load_data(DataConfig(mixed=1.0, blurred=1.0))
-    at = [CORRUPTIONS["blur"](mixed.train_images, severity) for severity in range(1, 6)]
-    found = torch.stack([(both.train_images == x).flatten(1).all(dim=1) for x in at])
-    assert (found.sum(dim=0) == 1).all()
+    assert (at_severity(both, mixed).sum(dim=0) == 1).all()
 
 
 def test_the_damage_is_that_of_the_seed_and_each_kind_has_its_own():
@@ -395,3 +396,26 @@ def test_one_seed_says_nothing():
     assert outcome.verdicts() == ["One seed cannot tell the metrics apart."]
     assert outcome.table("recall_at_1")[1] == ["clean", "0.500", "0.600", "0.700"]
     assert "of one seed" in outcome.note
+
+
+# ------------------------------------------------------------------------------- the findings
+
+
+def test_the_findings_are_those_of_their_runs():
+    docs = ROOT / "docs"
+    outcome = read_runs(docs / "findings_runs.csv")
+    assert outcome.seeds == (0, 1, 2, 3, 4)
+    assert set(outcome.conditions) == set(load_recipe("digits", PREFIX)["conditions"])
+    _, tables = (docs / "findings.md").read_text("utf-8").split("## The tables\n\n")
+    *ours, versions = tables.rstrip().split("\n\n")
+    assert "\n\n".join(ours) == outcome.to_markdown()
+    assert versions.startswith("idml_fast ")
+    lines = lines_of(docs / "findings.csv")
+    assert len(lines) == len(outcome.numbers) * len(outcome.results)
+    for line in lines:
+        key = line["number"], line["condition"], line["contestant"]
+        shown = [line["mean"], line["std"], *(line[name] for name in ("difference", "interval"))]
+        difference = outcome.differences.get(key)
+        compared = (difference.mean, difference.half) if difference else (np.nan, np.nan)
+        wanted = [*outcome.mean(*key), *compared]
+        assert [float(x or "nan") for x in shown] == pytest.approx(wanted, nan_ok=True)

@@ -189,12 +189,11 @@ class Study:
         lines = [[*head, "difference", "interval", "p", "p_corrected"]]
         for name in self.numbers:
             for condition, contestant in self.results:
-                cells = self.mean(name, condition, contestant)
-                difference = self.differences.get((name, condition, contestant))
-                told = astuple(difference) if difference else [np.nan] * 4
                 about = [self.dataset, name, condition, contestant, len(self.seeds)]
-                shares = ["" if np.isnan(x) else float(x) for x in (*cells, *told)]
-                lines.append([*about, *shares])
+                difference = self.differences.get((name, condition, contestant))
+                more = astuple(difference) if difference else [np.nan] * 4
+                cells = *self.mean(name, condition, contestant), *more
+                lines.append([*about, *("" if np.isnan(x) else float(x) for x in cells)])
         return written(lines)
 
     def runs_to_csv(self) -> str:
