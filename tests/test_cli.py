@@ -187,6 +187,9 @@ def test_overwrite_is_not_saved():
         (["--name", ""], "name must be the name of one folder, got ''"),
         (["--data.test_classes", "[4,5]"], "data.test_classes must be unseen, got [4]"),
         (["--data.train_classes", "[0,10]"], "data.train_classes must be two or more of 0 to 9"),
+        (["--data.label_noise", "-0.1"], "data.label_noise must be in [0, 1], got -0.1"),
+        (["--data.blurred", "1.5"], "data.blurred must be in [0, 1], got 1.5"),
+        (["--data.mixed", ".nan"], "data.mixed must be in [0, 1], got nan"),
         (["--run.threads", "0"], "run.threads must be > 0, got 0"),
     ],
 )

@@ -29,6 +29,13 @@ class DataConfig:
         train_classes: classes to train on; for retrieval.
         test_classes: unseen classes to retrieve among; none of them in ``train_classes``.
         batch_size: images a step, in every process.
+        label_noise: share of the training images whose label is replaced by another class, each of
+            the others as likely. Which images are damaged, by this and the two below, is drawn by
+            ``run.seed``, for each kind apart; test images and their labels stay as they are.
+        blurred: share of the training images that are blurred, as many at each of the five
+            severities of the evaluation.
+        mixed: share of the training images that are ambiguous: the mean of the image and of one of
+            another class, under the label of the first.
     """
 
     name: str = "digits"
@@ -36,6 +43,9 @@ class DataConfig:
     train_classes: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     test_classes: list[int] = field(default_factory=lambda: [5, 6, 7, 8, 9])
     batch_size: int = 120
+    label_noise: float = 0.0
+    blurred: float = 0.0
+    mixed: float = 0.0
 
 
 @dataclass
@@ -181,6 +191,10 @@ class Config:
         seen = sorted(set(self.data.train_classes) & set(self.data.test_classes))
         if seen:
             raise ValueError(f"data.test_classes must be unseen, got {seen} from train_classes")
+        for name in ("label_noise", "blurred", "mixed"):
+            share = getattr(self.data, name)
+            if not 0 <= share <= 1:
+                raise ValueError(f"data.{name} must be in [0, 1], got {share}")
         positive = {
             "data.batch_size": self.data.batch_size,
             "model.width": self.model.width,
@@ -317,7 +331,8 @@ def _config(parser: ArgumentParser, parsed: Namespace) -> Config:
 def _recipes() -> dict[str, str]:
     """The packaged recipes of single runs, by name; those of comparisons are of another kind."""
     paths = sorted(RECIPES.glob("*.yaml"))
-    return {path.stem: str(path) for path in paths if not path.stem.startswith("reproduce_")}
+    comparisons = ("reproduce_", "study_")
+    return {path.stem: str(path) for path in paths if not path.stem.startswith(comparisons)}
 
 
 class _RecipeOrFile(ActionConfigFile):

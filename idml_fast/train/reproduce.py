@@ -25,7 +25,7 @@ from .loop import train
 from .outcome import JUDGED, QUALITIES, evaluate
 from .report import write_comparison
 
-PREFIX = "reproduce_"
+PREFIX = "reproduce_"  # of a recipe's file
 METRICS = ("conventional", "introspective")
 TITLES = {
     "proxy_anchor": "Proxy-Anchor",
@@ -54,6 +54,8 @@ NUMBERS = (
     *UNCERTAINTIES,
 )
 PAPER = Path(__file__).parent / "paper.csv"
+Run = tuple[str, str, int]  # the row, with which metric, the seed
+Results = dict[str, float | None]  # the numbers of a run; None for what its metric lacks
 
 
 class SettingsError(ValueError):
@@ -72,7 +74,7 @@ class Row:
 
     name: str
     task: str
-    results: dict[str, list[dict[str, float | None]]]
+    results: dict[str, list[Results]]
 
     @property
     def title(self) -> str:
@@ -257,22 +259,14 @@ def reproduce(
     """
     folder = Path(folder)
     configs = configurations(dataset, losses, seeds, epochs, folder)
-    # All are looked at before the first is trained.
-    found = {
-        (name, metric, seed): read(path_of(folder, name, metric, seed), config)
-        for (name, seed), config in configs.items()
-        for metric in METRICS
-    }
-    missing = [key for key, results in found.items() if results is None]
-    with tqdm(missing, unit="run", disable=None) as progress:
-        for name, metric, seed in progress:
-            progress.set_description(f"{TITLES[name]}, {metric}, seed {seed}")
-            config = configs[name, seed]
-            results = found[name, metric, seed] = run_one(config, metric)
-            done = {"config": described(config), "results": results}
-            path = path_of(folder, name, metric, seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, to_json(done, indent=1) + "\n")
+    found = results_of(
+        {
+            (name, metric, seed): (config, metric)
+            for (name, seed), config in configs.items()
+            for metric in METRICS
+        },
+        folder,
+    )
     rows = [
         Row(
             name,
@@ -290,13 +284,39 @@ def reproduce(
     return comparison
 
 
-def load_recipe(dataset: str) -> dict[str, Any]:
+def results_of(runs: dict[Run, tuple[Config, str]], folder: Path) -> dict[Run, Results]:
+    """The results of all runs; those that are not in the folder are trained, and written each as
+    soon as it is done.
+
+    Args:
+        runs: the configuration of each, and which of its metrics is trained.
+        folder: of the comparison.
+
+    Raises:
+        FileExistsError: the folder holds a run of another configuration.
+    """
+    # All are looked at before the first is trained.
+    found = {run: read(path_of(folder, *run), config) for run, (config, _) in runs.items()}
+    missing = [run for run, results in found.items() if results is None]
+    with tqdm(missing, unit="run", disable=None) as progress:
+        for run in progress:
+            progress.set_description("{}, {}, seed {}".format(*run))
+            config, metric = runs[run]
+            found[run] = run_one(config, metric)
+            done = {"config": described(config), "results": found[run]}
+            path = path_of(folder, *run)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, to_json(done, indent=1) + "\n")
+    return found
+
+
+def load_recipe(dataset: str, prefix: str = PREFIX) -> dict[str, Any]:
     """The packaged comparison of that name: ``common`` settings, and those of each of its rows.
 
     Raises:
         SettingsError: there is none of that name.
     """
-    packaged = {path.stem.removeprefix(PREFIX): path for path in RECIPES.glob(f"{PREFIX}*.yaml")}
+    packaged = {path.stem.removeprefix(prefix): path for path in RECIPES.glob(f"{prefix}*.yaml")}
     if dataset not in packaged:
         raise SettingsError(f"dataset must be one of {', '.join(sorted(packaged))}, got {dataset}")
     return yaml.safe_load(packaged[dataset].read_text("utf-8"))
@@ -317,19 +337,28 @@ def configurations(
     if unknown or not losses or len(set(losses)) < len(losses):
         got = unknown[0] if unknown else losses
         raise SettingsError(f"losses must be different ones of {', '.join(rows)}, got {got}")
+    found = {}
+    for name in losses:
+        values = merged(recipe["common"], rows[name])
+        for seed, config in seeded(name, values, seeds, epochs, folder).items():
+            found[name, seed] = config
+    return found
+
+
+def seeded(
+    name: str, values: dict[str, Any], seeds: Sequence[int], epochs: int | None, folder: Path
+) -> dict[int, Config]:
+    """The configuration of nested values for every seed; errors are those of `reproduce`."""
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise SettingsError(f"seeds must be different numbers >= 0, got {list(seeds)}")
     if epochs is not None and epochs < 1:
         raise SettingsError(f"epochs must be >= 1, got {epochs}")
-    found = {}
-    for name in losses:
-        values = merged(recipe["common"], rows[name])
-        if epochs is not None:
-            values = merged(values, {"optim": {"epochs": epochs}})
-        for seed in seeds:
-            run = {"seed": int(seed), "folder": str(folder)}
-            found[name, seed] = config_of(merged(values, {"name": name, "run": run}))
-    return found
+    if epochs is not None:
+        values = merged(values, {"optim": {"epochs": epochs}})
+    runs = {seed: {"seed": int(seed), "folder": str(folder)} for seed in seeds}
+    return {
+        seed: config_of(merged(values, {"name": name, "run": run})) for seed, run in runs.items()
+    }
 
 
 def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
@@ -341,7 +370,7 @@ def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def run_one(config: Config, metric: str) -> dict[str, float | None]:
+def run_one(config: Config, metric: str) -> Results:
     """Train one network, and what it is worth after its last epoch."""
     threads = torch.get_num_threads()
     torch.set_num_threads(config.run.threads or threads)
@@ -369,7 +398,7 @@ def described(config: Config) -> dict[str, Any]:
     return values
 
 
-def read(path: Path, config: Config) -> dict[str, float | None] | None:
+def read(path: Path, config: Config) -> Results | None:
     """The results of a run that is done; None if it is not.
 
     Raises:
