@@ -1,8 +1,8 @@
 """Whether the uncertainty means something: does it know which answers are wrong?
 
-An *uncertainty* is a number for each item, larger for a less certain one; only its order counts.
-Every measure takes ``weights``, how often each item counts; with a column for each of B samples it
-gives B numbers, so that `bootstrap` need not ask B times.
+An *uncertainty* is a number for each item, larger for a less certain one; to the measures of items
+only its order counts. Every measure takes ``weights``, how often each item counts; with a column
+for each of B samples it gives B numbers, so that `bootstrap` need not ask B times.
 """
 
 from __future__ import annotations
