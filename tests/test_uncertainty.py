@@ -578,6 +578,9 @@ def test_collapsed_embeddings_are_seen_beside_their_recall():
             {"sem2": torch.ones(3, 2), "candidates2": {"u": torch.ones(3)}},
             "sem2 and labels2 must be given together",
         ),
+        ({"corrupted": {}}, r"corrupted must name \['u'\] like candidates, got \[\]"),
+        ({"outside": {"v": torch.ones(3)}}, r"outside must name \['u'\] like candidates, got \['v"),
+        ({"wrong": torch.ones(3).bool()}, r"wrong must have shape \[4\] like sem, got \[3\]"),
         ({"sem": torch.tensor([[0, 0], [0, nan], [0, 0], [0, 0]])}, r"sem must be .* at \[1, 1\]"),
     ],
 )

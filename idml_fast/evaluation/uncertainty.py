@@ -1,8 +1,8 @@
 """Whether the uncertainty means something: does it know which answers are wrong?
 
-An *uncertainty* is a number for each item, larger for a less certain one; only its order counts.
-Every measure takes ``weights``, how often each item counts; with a column for each of B samples it
-gives B numbers, so that `bootstrap` need not ask B times.
+An *uncertainty* is a number for each item, larger for a less certain one; to the measures of items
+only its order counts. Every measure takes ``weights``, how often each item counts; with a column
+for each of B samples it gives B numbers, so that `bootstrap` need not ask B times.
 """
 
 from __future__ import annotations
@@ -224,8 +224,8 @@ def alive_or_dead(
     (True, False)
     """
     _check_numbers("norms", norms)
-    mean = norms.double().mean().item()
-    variation = norms.double().std(correction=0).item() / mean if mean else 0.0
+    middle = norms.double().mean().item()
+    variation = norms.double().std(correction=0).item() / middle if middle else 0.0
     if not corrupted:
         return Verdict(variation >= VARIES, variation)
     found = {kind: severity_correlation(values).item() for kind, values in corrupted.items()}
@@ -373,9 +373,10 @@ def match_forecast(
     """P(match | features) of every pair, by a logistic model that has not seen its query.
 
     Cross-fitted: the queries are split in two halves by the seed, and a model is fitted on the
-    pairs of either half and asked about those of the other. The features, such as the distance and
-    ``beta``, are standardised; the model is scikit-learn's with its own, weak regularisation.
-    Where all pairs of a half match, or none, that is its forecast.
+    pairs of either half and asked about those of the other. (The other item of a pair may be a
+    query of either half: a few coefficients learn nothing of a single item.) The features, such as
+    the distance and ``beta``, are standardised; the model is scikit-learn's with its own, weak
+    regularisation. Where all pairs of a half match, or none, that is what it forecasts.
 
     Args:
         features: ``[P, F]`` float.
@@ -614,15 +615,20 @@ def uncertainty_table(
     True
     """
     _check_candidates("candidates", candidates, sem, "sem")
+    by_candidate = {"corrupted": corrupted, "outside": outside}
     if sem2 is not None:
-        candidates2 = candidates2 or {}
-        if candidates2.keys() != candidates.keys():
-            wanted, got = sorted(candidates), sorted(candidates2)
-            raise ValueError(f"candidates2 must name {wanted} like candidates, got {got}")
+        by_candidate["candidates2"] = candidates2 or {}
+    for name, given in by_candidate.items():
+        if given is not None and given.keys() != candidates.keys():
+            wanted, got = sorted(candidates), sorted(given)
+            raise ValueError(f"{name} must name {wanted} like candidates, got {got}")
+    if sem2 is not None:
         _check_candidates("candidates2", candidates2, sem2, "sem2")
     matched = torch.ones(len(sem), dtype=torch.bool, device=sem.device)
     if wrong is None:
         wrong, matched = wrong_answers(sem, labels, sem2, labels2)
+    elif wrong.shape != matched.shape:
+        raise ValueError(f"wrong must have shape [{len(sem)}] like sem, got {list(wrong.shape)}")
     if not matched.any():
         raise ValueError("labels must give some query another item of its class, got none")
     pairs = sampled_pairs(sem, labels, sem2, labels2, seed=seed)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..evaluation import (
-    CORRUPTIONS,
     UncertaintyTable,
     alive_or_dead,
     clustering,
@@ -44,11 +43,6 @@ QUALITIES = {
 }
 # By which of them the metrics are told apart.
 JUDGED = {"retrieval": ("recall_at_1", "map_at_r"), "classification": ("top_1",)}
-# What is measured of an uncertainty.
-MEASURES = (
-    *("error_auroc", "aurc", "pair_auroc", "ece", "brier", "ood_auroc"),
-    *(f"spearman_{name}" for name in CORRUPTIONS),
-)
 # Of the bootstrap and of MC-dropout: fewer than by default, since a run is not to wait for them.
 RESAMPLES, PASSES = 200, 10
 
@@ -192,14 +186,14 @@ def evaluate(
     )
     norms = damaged.get("unc_norm", {})
     verdict = alive_or_dead(unc.norm(dim=1), norms) if metric.reads_unc else None
-    known = {name: number.value for name, number in table.rows.get("unc_norm", {}).items()}
+    measured = table.rows.get("unc_norm") or dict.fromkeys(table.rows["sem_norm"])
     # The mean over all epochs: once the loss is small, any gradient is.
     grads = [epoch["unc_grad_norm"] for epoch in epochs if metric.reads_unc]
     results |= {
         "unc_grad_norm": sum(grads) / len(grads) if grads else None,
         "unc_variation": None if verdict is None else verdict.variation,
         "unc_alive": None if verdict is None else float(verdict.alive),
-        **{name: known.get(name) for name in MEASURES},
+        **{name: number and number.value for name, number in measured.items()},
         **{f"{name}_distance": number.value for name, number in table.distance.items()},
     }
     return Outcome(metric, epochs, results, sem, unc, norms, found, wrong, table)
