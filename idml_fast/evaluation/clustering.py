@@ -23,7 +23,7 @@ def clustering(
 ) -> dict[str, float]:
     """NMI, AMI and F1 between the labels and k-means clusters.
 
-    k-means (faiss, Euclidean) with as many clusters as there are labels. NMI divides the mutual
+    k-means (faiss, Euclidean, k-means++) with as many clusters as there are labels. NMI divides the mutual
     information by the arithmetic mean of the two entropies; AMI also takes off what clusters by
     chance would have; F1 is of pairs of items, which should share a cluster if they share a label.
 
@@ -77,6 +77,7 @@ def _k_means(
     settings = {
         "niter": 1,
         "seed": seed,
+        "init_method": faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
         # Every point counts, however few or many a cluster has.
         "min_points_per_centroid": 1,
         "max_points_per_centroid": len(points),

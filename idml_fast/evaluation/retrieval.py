@@ -188,8 +188,10 @@ def retrieval(
     >>> import torch
     >>> sem, labels = torch.tensor([[0.0], [1.0], [3.0], [3.5]]), torch.tensor([7, 9, 9, 9])
     >>> found = retrieval(sem, labels, ks=(1,))
-    >>> found.values["recall_at_1"], found.values["mrr"], found.unmatched
-    (0.6666666666666666, 0.8333333333333333, tensor([0]))
+    >>> found.per_query["recall_at_1"].tolist(), found.per_query["mrr"].tolist()
+    ([0.0, 1.0, 1.0], [0.5, 1.0, 1.0])
+    >>> found.unmatched
+    tensor([0])
     """
     if (sem2 is None) != (labels2 is None):
         raise ValueError("sem2 and labels2 must be given together, got only one of them")
