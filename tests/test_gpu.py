@@ -797,3 +797,17 @@ def test_errors_of_every_precision(record, monkeypatch):
 
 def largest_error(found: dict[str, Tensor], truth: dict[str, Tensor], what: str) -> Tensor:
     return (found[what] - truth[what]).abs().max()
+
+
+@pytest.mark.parametrize("columns", [None, 200])
+def test_retrieval_is_that_of_the_cpu(columns):
+    """On a grid, whose distances every precision has exactly, ties among them."""
+    pytest.importorskip("faiss", reason="the extra idml_fast[train] is not installed")
+    from test_retrieval import assert_same, problem
+
+    from idml_fast.evaluation import Retrieval, retrieval
+
+    given = problem(300, columns, classes=40, grid=True)
+    found = retrieval(*(x.cuda() for x in given))
+    per_query = {name: values.cpu() for name, values in found.per_query.items()}
+    assert_same(Retrieval(per_query, found.queries.cpu(), found.unmatched.cpu()), retrieval(*given))

@@ -29,8 +29,8 @@ from ..stats import Count
 # A query with more relevant items than this has its whole row of scores sorted: each one listed is
 # a comparison more for every pair, and some hundred of these take longer than sorting.
 LISTED = 128
-# So many of them in one walk: a kernel for GPUs has two counters in its code for each.
-LISTED_A_WALK = {"cpu": LISTED, "cuda": 8}
+# So many of them in one walk on a GPU, where the kernel has two counters in its code for each.
+LISTED_A_WALK = 8
 
 
 @dataclass(frozen=True)
@@ -380,7 +380,7 @@ class _Search:
     ) -> Tensor:
         """``[2, Q, R]``: both counts, of the columns."""
         counts = []
-        for some in distances.split(LISTED_A_WALK[sem.device.type], dim=1):
+        for some in distances.split(LISTED_A_WALK if sem.is_cuda else LISTED, dim=1):
             stats = [self._counter(bound) for x in some.unbind(1) for bound in (x, _next(x))]
             found = rowstats(
                 sem,
