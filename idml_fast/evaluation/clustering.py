@@ -23,9 +23,10 @@ def clustering(
 ) -> dict[str, float]:
     """NMI, AMI and F1 between the labels and k-means clusters.
 
-    k-means (faiss, Euclidean, k-means++) with as many clusters as there are labels. NMI divides the mutual
-    information by the arithmetic mean of the two entropies; AMI also takes off what clusters by
-    chance would have; F1 is of pairs of items, which should share a cluster if they share a label.
+    k-means (faiss, Euclidean, k-means++) with as many clusters as there are labels. NMI divides the
+    mutual information by the arithmetic mean of the two entropies; AMI also takes off what clusters
+    by chance would have; F1 is of pairs of items, which should share a cluster if they share a
+    label.
 
     Args:
         sem: ``[N, Ds]`` float, on any device; clustered as float32 on the CPU.
