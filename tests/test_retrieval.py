@@ -124,6 +124,14 @@ def test_what_is_not_listed_is_sorted(monkeypatch, listed, columns):
     assert_same(retrieval(*given), wanted)
 
 
+@pytest.mark.parametrize("grid", [False, True])
+def test_too_many_for_one_walk(monkeypatch, grid):
+    given = problem(grid=grid)
+    wanted = retrieval(*given)
+    monkeypatch.setattr(MODULE, "AT_ONCE", 0)
+    assert_same(retrieval(*given), wanted)
+
+
 @pytest.mark.parametrize("form", INTROSPECTIVE)
 @pytest.mark.parametrize("columns", [None, 45])
 def test_the_introspective_metric(form, columns):

@@ -31,6 +31,7 @@ from ..stats import Count
 LISTED = 128
 # So many of them in one walk on a GPU, where the kernel has two counters in its code for each.
 LISTED_A_WALK = 8
+AT_ONCE = 2**29  # bytes of bounds and counts, for all items
 
 
 @dataclass(frozen=True)
@@ -322,12 +323,15 @@ class _Search:
         self.metric, self.seen = metric, seen
         self.sign = -1 if metric.larger_is_closer else 1
         # A batch of queries takes as much as a block of the gallery: embeddings and bounds, or the
-        # rows of scores, their order and what else sorting takes. Items among themselves, if all of
-        # them are at hand, are compared in one walk over half the pairs; but it tells no progress.
+        # rows of scores, their order and what else sorting takes. Items among themselves are
+        # compared in one walk over half the pairs where they are at hand, bounds and counts are not
+        # too many, and nobody waits to see progress.
+        width = int(relevant.total.clamp(max=LISTED).max())
         self.at_once = relevant.itself and queries.in_memory and seen is None
+        self.at_once &= 64 * len(queries) * width <= AT_ONCE
         self.batch = len(queries)
         if not self.at_once:
-            self.batch = max(1, _blocks.BYTES // (4 * (queries.sem.shape[1] + 8 * LISTED)))
+            self.batch = max(1, _blocks.BYTES // (4 * (queries.sem.shape[1] + 8 * width)))
         self.sorted_batch = max(1, _blocks.BYTES // (32 * len(gallery)))
 
     def by_counting(self, rows: Tensor) -> tuple[Tensor, Tensor]:
