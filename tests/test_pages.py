@@ -31,7 +31,7 @@ from idml_fast.train.reproduce import TITLES, Comparison
 
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 PROGRAM = next(filter(None, map(shutil.which, BROWSERS)), None)
-NAME = '<script>alert(1)</script>&"x'
+NAME = '<script>alert(1)</script>&"' + "x" * 60  # broader than a phone
 PHONE, DESK = 390, 1200  # pixels
 SECONDS = 60  # to wait for an answer at most
 # What a page says of itself, once all that folds is unfolded.

@@ -161,6 +161,15 @@ def test_a_map_of_little(drawn, sem):
     assert len(places) == len(sem)
 
 
+def test_shares_are_not_rounded():
+    _, axes = pictures.drawing()
+    axes.plot([0.41, 0.59])
+    pictures.in_percent(axes)
+    axes.set_yticks([0.4, 0.525, 0.55, 0.6])
+    assert [x.get_text() for x in axes.get_yticklabels()] == ["40 %", "52.5 %", "55 %", "60 %"]
+    assert axes.get_ylim() == pytest.approx((0.4, 0.6))
+
+
 @pytest.mark.parametrize("count", [1, 5, 10, 11, 100])
 def test_colours_are_different(count):
     assert len(set(pictures.colors(count))) == count

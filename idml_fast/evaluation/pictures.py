@@ -213,7 +213,7 @@ def in_percent(axes: Axes) -> None:
     """Shares from one whole tenth to another: a small wobble is to look small."""
     low, high = axes.get_ylim()
     axes.set_ylim(math.floor(10 * low) / 10, min(1.0, math.ceil(10 * high) / 10))
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}".replace("%", " %"))
+    axes.yaxis.set_major_formatter(_percent)
 
 
 def _array(values: ArrayLike) -> np.ndarray:
