@@ -43,11 +43,20 @@ def dots(figure: Figure) -> tuple[np.ndarray, list[str], np.ndarray]:
     return places, colors, sizes
 
 
+def as_tensors(arguments):
+    """The same with a tensor for each array."""
+    if isinstance(arguments, dict):
+        return {name: as_tensors(x) for name, x in arguments.items()}
+    if isinstance(arguments, tuple):
+        return tuple(map(as_tensors, arguments))
+    return torch.from_numpy(arguments)
+
+
 @pytest.mark.parametrize(
     ("draw", "arguments"),
     [
         (pictures.risk_coverage, (COVERAGE, {"‖u‖": RISK, "other": RISK[[1, 1, 2, 3]]})),
-        (pictures.reliability, (COVERAGE, RISK, np.array([1, 2, 3, 0]))),
+        (pictures.reliability, ({"‖u‖": (COVERAGE, RISK, np.array([1, 2, 3, 0]))},)),
         (pictures.embedding_map, clusters(3, 40)),
     ],
 )
@@ -56,8 +65,7 @@ def test_a_picture_is_an_svg_and_the_same_each_time(draw, arguments):
     kind, content = address.split(",")
     assert kind == "data:image/svg+xml;base64"
     assert ElementTree.fromstring(b64decode(content, validate=True)).tag.endswith("svg")
-    as_tensors = [torch.from_numpy(x) if isinstance(x, np.ndarray) else x for x in arguments]
-    assert draw(*as_tensors) == address
+    assert draw(*as_tensors(arguments)) == address
 
 
 def test_risk_and_coverage_beside_the_best_and_a_random_order(drawn):
@@ -73,17 +81,24 @@ def test_risk_and_coverage_beside_the_best_and_a_random_order(drawn):
     assert set(lines["random"]) == {0.3}
 
 
-def test_a_reliability_diagram_leaves_empty_bins_out(drawn):
-    count = np.array([3, 0, 1])
-    figure = pictures.reliability([0.1, np.nan, 0.9], [0.2, np.nan, 1.0], count)
-    axes, mass = figure.axes
-    (found,) = [x.get_offsets() for x in axes.collections if len(x.get_offsets()) == 2]
-    assert found.tolist() == [[0.1, 0.2], [0.9, 1.0]]
-    (bars,) = mass.collections
-    assert [segment.tolist() for segment in bars.get_segments()] == [
-        [[0.1, 0], [0.1, 0.75]],
-        [[0.9, 0], [0.9, 0.25]],
-    ]
+def test_the_first_few_answers_do_not_set_the_scale(drawn):
+    coverage = np.arange(1, 201) / 200
+    risk = np.full(200, 0.25)
+    risk[:9] = 1  # below a coverage of 5 %
+    risk[9] = 0.5
+    assert pictures.risk_coverage(coverage, {"a": risk}).axes[0].get_ylim() == (0, 1.1 * 0.5)
+    assert pictures.risk_coverage(coverage, {"a": 0 * risk}).axes[0].get_ylim() == (0, 1)
+
+
+def test_reliability_diagrams_leave_empty_bins_out(drawn):
+    several = [0.1, np.nan, 0.9], [0.2, np.nan, 1.0], np.array([1, 0, 4])
+    figure = pictures.reliability({"several": several, "one": ([0.5], [0.5], [3])})
+    found = {dots.get_label(): dots for dots in figure.axes[0].collections}
+    assert list(found) == ["several", "one"]
+    assert found["several"].get_offsets().tolist() == [[0.1, 0.2], [0.9, 1.0]]
+    small, large = found["several"].get_sizes()
+    assert large == 4 * small
+    assert found["one"].get_offsets().tolist() == [[0.5, 0.5]]
 
 
 @pytest.mark.parametrize("classes", [5, 60])
@@ -126,7 +141,7 @@ def test_classes_are_named_as_they_are(drawn):
     assert not any(text.get_parse_math() for text in texts)
 
 
-def test_a_map_has_at_most_a_thousand_dots_drawn_by_the_seed(drawn, monkeypatch):
+def test_a_map_has_at_most_so_many_dots_drawn_by_the_seed(drawn, monkeypatch):
     monkeypatch.setattr(pictures, "MAPPED", 50)
     arguments = clusters(2, 60)
     maps = [dots(pictures.embedding_map(*arguments, seed=seed))[0] for seed in (0, 0, 1)]
@@ -146,6 +161,15 @@ def test_a_map_of_little(drawn, sem):
     assert len(places) == len(sem)
 
 
+def test_shares_are_not_rounded():
+    _, axes = pictures.drawing()
+    axes.plot([0.41, 0.59])
+    pictures.in_percent(axes)
+    axes.set_yticks([0.4, 0.525, 0.55, 0.6])
+    assert [x.get_text() for x in axes.get_yticklabels()] == ["40 %", "52.5 %", "55 %", "60 %"]
+    assert axes.get_ylim() == pytest.approx((0.4, 0.6))
+
+
 @pytest.mark.parametrize("count", [1, 5, 10, 11, 100])
 def test_colours_are_different(count):
     assert len(set(pictures.colors(count))) == count
@@ -159,8 +183,16 @@ def test_colours_are_different(count):
             (COVERAGE, {"a": RISK, "b": RISK[:3]}),
             r"risks must have shape \[4\] like coverage, got \[3\] for b",
         ),
-        (pictures.reliability, (RISK, RISK, RISK[:2]), r"one shape \[B\], got \[4\], \[4\], \[2\]"),
-        (pictures.reliability, (RISK, RISK, 0 * RISK), "count must be above 0 in some bin"),
+        (
+            pictures.reliability,
+            ({"a": (RISK, RISK, RISK[:2])},),
+            r"of a must have one shape \[B\], got \[4\], \[4\], \[2\]",
+        ),
+        (
+            pictures.reliability,
+            ({"a": (RISK, RISK, RISK), "b": (RISK, RISK, 0 * RISK)},),
+            "count of b must be above 0 in some bin",
+        ),
         (pictures.embedding_map, (np.eye(2), [0, 1]), r"N >= 3, got \[2, 2\]"),
         (pictures.embedding_map, (np.ones(5), [0] * 5), r"N >= 3, got \[5\]"),
         (pictures.embedding_map, (np.eye(4), [0, 1]), r"labels must have shape \[4\] like sem"),

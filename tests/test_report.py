@@ -14,7 +14,15 @@ import torch
 pytest.importorskip("jinja2", reason="the extra idml_fast[train] is not installed")
 
 from idml_fast import Metric
-from idml_fast.evaluation import CORRUPTIONS, Estimate, UncertaintyTable
+from idml_fast.evaluation import (
+    CORRUPTIONS,
+    Estimate,
+    UncertaintyTable,
+    aurc,
+    pictures,
+    uncertainty_table,
+    wrong_answers,
+)
 from idml_fast.train.config import Config
 from idml_fast.train.data import load_data
 from idml_fast.train.outcome import Outcome
@@ -22,6 +30,8 @@ from idml_fast.train.report import (
     CANDIDATES,
     MEASURES,
     ROWS,
+    _reliability,
+    _risks,
     table,
     text_table,
     uncertainty_text,
@@ -74,8 +84,9 @@ def known(alive: bool) -> UncertaintyTable:
     return UncertaintyTable(Estimate(0.9, 0.875, 0.925), distance, rows, 0)
 
 
-def outcome(metric: Metric, seed: int, images: int) -> Outcome:
+def outcome(metric: Metric, seed: int, labels: torch.Tensor) -> Outcome:
     """A made-up outcome."""
+    images = len(labels)
     draw = torch.Generator().manual_seed(seed)
     sem = torch.nn.functional.normalize(torch.randn(images, 8, generator=draw), dim=1)
     unc = torch.randn(images, 4, generator=draw)
@@ -83,9 +94,20 @@ def outcome(metric: Metric, seed: int, images: int) -> Outcome:
     norms = {name: torch.rand(6, images, generator=draw) for name in CORRUPTIONS if alive}
     results = {name: 0.25 if alive or name in ALWAYS else None for name in NAMES}
     epochs = [{"epoch": n, "loss": 3.0 / n, "recall_at_1": 0.8 + n / 100} for n in (1, 2, 3)]
-    uncertainties = {"unc_norm": unc.norm(dim=1)} if alive else {}
-    wrong = torch.rand(images, generator=draw) < 0.1
+    uncertainties = {name: torch.rand(images, generator=draw) for name in CANDIDATES}
+    uncertainties["unc_norm"] = unc.norm(dim=1)
+    if not alive:
+        del uncertainties["unc_norm"]
+    wrong, _ = wrong_answers(sem, labels)
     return Outcome(metric, epochs, results, sem, unc, norms, uncertainties, wrong, known(alive))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_maps():
+    """Maps of a few images: what takes longest is tested with the pictures."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "MAPPED", 50)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +115,9 @@ def told():
     """What a report is made of."""
     config = Config(name="a <b>&amp; 'run'")
     data = load_data(config.data)
-    images = len(data.test_images)
     outcomes = {
-        "conventional": outcome(Metric.plain("cosine"), 0, images),
-        "introspective": outcome(config.metrics["introspective"], 1, images),
+        "conventional": outcome(Metric.plain("cosine"), 0, data.test_labels),
+        "introspective": outcome(config.metrics["introspective"], 1, data.test_labels),
     }
     return config, data, outcomes
 
@@ -138,12 +159,13 @@ def test_every_image_is_whole_and_described(text):
             svg = ElementTree.fromstring(content)
             for element in svg.iter():
                 for name, value in element.attrib.items():
-                    assert not name.endswith("href") or value.startswith("#")
+                    own = value.startswith(("#", "data:image/png;base64,"))
+                    assert not name.endswith("href") or own
         else:
             assert kind == "image/png"
             assert content.startswith(b"\x89PNG")
-    # 12 queries with five neighbours, 20 extremes, five strips of six, and nine figures.
-    assert len(images) == 12 * 6 + 20 + 5 * 6 + 9
+    # 16 queries with five neighbours, 20 extremes, five strips of six, and twelve figures.
+    assert len(images) == 16 * 6 + 20 + 5 * 6 + 12
 
 
 def test_it_escapes_what_it_is_told(text):
@@ -156,31 +178,74 @@ def test_neighbours_are_marked_right_and_wrong(told, text):
     _, data, outcomes = told
     page = "".join(Page(text).words)
     right, wrong = page.count("✓ "), page.count("✗ ")
-    assert right + wrong == 12 * 5
+    assert right + wrong == 16 * 5
     sem = outcomes["introspective"].sem
     distances = torch.cdist(sem, sem).fill_diagonal_(torch.inf)
     missed = data.test_labels[distances.argmin(dim=1)] != data.test_labels
-    assert f"Nearest is wrong: 6 of {missed.sum()}" in page
-    assert wrong >= 6
+    assert f"Wrong, the most certain first: 8 of {missed.sum()}" in page
+    assert wrong >= 8
+
+
+def test_queries_go_from_the_most_to_the_least_certain(told, text):
+    _, data, outcomes = told
+    shown = outcomes["introspective"]
+    norm, order = shown.unc.norm(dim=1).sort()
+    wrong = order[shown.wrong[order]]
+    sorted_so = torch.cat([order[:4], order[-4:], wrong[:8]])
+    captions = [word for word in Page(text).words if re.fullmatch(r"\d\n\d\.\d\d", word)]
+    assert captions == [
+        f"{data.test_labels[i]}\n{shown.unc[i].norm():.2f}" for i in sorted_so.tolist()
+    ]
+    assert norm[0] < norm[-1]
 
 
 def test_no_mistakes_is_said(told, tmp_path):
     config, data, outcomes = told
     # One direction for every class: whatever is nearest is of the same class.
     sem = torch.nn.functional.one_hot(data.test_labels, 10).float()
-    perfect = replace(outcomes["introspective"], sem=sem)
+    none = torch.zeros_like(outcomes["introspective"].wrong)
+    perfect = replace(outcomes["introspective"], sem=sem, wrong=none)
     write_report(tmp_path / "r.html", config, data, {**outcomes, "introspective": perfect}, 1.0)
     page = "".join(Page((tmp_path / "r.html").read_text("utf-8")).words)
-    assert page.count("✓ ") == 6 * 5
+    assert page.count("✓ ") == 8 * 5
     assert "✗ " not in page
-    assert "Nearest is wrong: none" in page
+    assert "Wrong, the most certain first: none" in page
+
+
+def test_the_area_under_the_risks_is_the_table_s(told, monkeypatch):
+    shown, drawn = told[2]["introspective"], {}
+    monkeypatch.setattr(pictures, "risk_coverage", lambda coverage, risks: drawn.update(risks))
+    _risks(shown)
+    assert list(drawn) == list(CANDIDATES.values())
+    for name, title in CANDIDATES.items():
+        area = aurc(shown.uncertainties[name], shown.wrong)
+        assert drawn[title].mean().item() == pytest.approx(area.item())
+
+
+def test_the_reliability_is_that_of_the_table_s_forecasts(told, monkeypatch):
+    _, data, outcomes = told
+    shown, drawn = outcomes["introspective"], {}
+    monkeypatch.setattr(pictures, "reliability", drawn.update)
+    _reliability(shown, data, seed=3)
+    judged = uncertainty_table(
+        {"unc_norm": shown.unc}, shown.sem, data.test_labels, resamples=1, seed=3
+    )
+    errors = {
+        name: ((told - came).abs() * count).nansum() / count.sum()
+        for name, (told, came, count) in drawn.items()
+    }
+    assert errors == {
+        "by D and β": pytest.approx(judged.rows["unc_norm"]["ece"].value),
+        "by D alone": pytest.approx(judged.distance["ece"].value),
+    }
+    assert errors["by D and β"] != errors["by D alone"]
 
 
 def test_the_least_certain_are_the_longest(told, text):
     norm = told[2]["introspective"].unc.norm(dim=1).sort().values
     words = "".join(Page(text).words)
-    least = words[words.index("Least certain") :]
-    certain = words[words.index("Most certain") : words.index("Least certain")]
+    least = words[words.index("Least certain images") :]
+    certain = words[words.index("Most certain images") : words.index("Least certain images")]
     assert re.findall(r"\d\.\d\d", certain) == [f"{x:.2f}" for x in norm[:10]]
     assert re.findall(r"\d\.\d\d", least)[:10] == [f"{x:.2f}" for x in norm[-10:].flip(0)]
 

@@ -37,10 +37,13 @@ STYLE = {
     "svg.hashsalt": "idml_fast",  # or the names inside the drawing would differ from run to run
 }
 FAINT = "#98a1b0"
-MAPPED = 1000  # items of a map: more of them hide each other
+SCALED = 0.05  # the coverage from which on risks are in the picture
+MAPPED = (
+    500  # items of a map: more of them hide each other, and take longer than all other pictures
+)
 DISTINCT = (
-    *("#0f6e84", "#c2410c", "#6d4bb0", "#2c7a4b", "#d4a017"),
-    *("#c2185b", "#3b6fd4", "#8a5a2b", "#5f6b7a", "#8fb339"),
+    *("#0f6e84", "#c2410c", "#6d4bb0", "#d4a017", "#d6589f"),
+    *("#3f9a5f", "#3b6fd4", "#8a5a2b", "#5f6b7a", "#8fb339"),
 )
 
 
@@ -52,7 +55,8 @@ def risk_coverage(
     """Risk over coverage: how many answers are wrong among those that are the most certain.
 
     Beside the candidates, the best that any could do, which leaves out the wrong answers first, and
-    one that knows nothing, whose risk is the same at every coverage.
+    one that knows nothing, whose risk is the same at every coverage. Of the first few answers one
+    wrong one is a large share: the scale is that of coverages from 5 % on.
 
     Args:
         coverage: ``[N]`` ascending in (0, 1], the share of the queries that are answered.
@@ -75,13 +79,13 @@ def risk_coverage(
             )
     wrong = next(iter(risks.values()))[-1]
     best = np.maximum(0, 1 - (1 - wrong) / coverage)  # the right answers first
-    figure, axes = drawing()
+    figure, axes = drawing(height=3.6)
     axes.axhline(wrong, color=FAINT, linewidth=1.2, linestyle="dashed", label="random")
     axes.plot(coverage, best, color=FAINT, linewidth=1.2, label="best possible")
     for (name, risk), color in zip(risks.items(), colors(len(risks)), strict=True):
-        axes.plot(coverage, risk, color=color, linewidth=1.6, label=name)
+        axes.plot(coverage, risk, color=color, linewidth=1.5, label=name)
     axes.set(xlabel="coverage", title="Wrong among those answered", xlim=(0, 1))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(risk[coverage >= SCALED].max() for risk in risks.values()) or 1)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(_percent)
     axes.grid(axis="y")
@@ -91,16 +95,14 @@ def risk_coverage(
 
 @rc_context(STYLE)
 def reliability(
-    confidence: ArrayLike,  # [B]
-    accuracy: ArrayLike,  # [B]
-    count: ArrayLike,  # [B]
+    diagrams: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]],  # [B] each
 ) -> str:
-    """Reliability diagram: how often what is forecast comes true, and how often it is forecast.
+    """Reliability diagrams: how often what is forecast comes true; on the diagonal, just as often.
 
     Args:
-        confidence: ``[B]`` in [0, 1], the mean forecast of each bin.
-        accuracy: ``[B]`` in [0, 1], the share of the bin that came true.
-        count: ``[B]``, how many there are in the bin; a bin of none is left out.
+        diagrams: by forecaster, as `idml_fast.evaluation.reliability` gives it: the mean forecast
+            of each bin, the share of the bin that came true, both ``[B]`` in [0, 1], and ``[B]``
+            how many there are in it. A dot's area goes with the number; a bin of none has no dot.
 
     Returns:
         The address of an image, as `svg` gives it.
@@ -108,26 +110,26 @@ def reliability(
     Raises:
         ValueError: the three are not of one shape, or all bins are empty.
     """
-    confidence, accuracy, count = (_array(x) for x in (confidence, accuracy, count))
-    if not confidence.shape == accuracy.shape == count.shape or confidence.ndim != 1:
-        shapes = ", ".join(str(list(x.shape)) for x in (confidence, accuracy, count))
-        raise ValueError(f"confidence, accuracy and count must have one shape [B], got {shapes}")
-    there = count > 0
-    if not there.any():
-        raise ValueError("count must be above 0 in some bin, got none")
-    confidence, accuracy, share = (x[there] for x in (confidence, accuracy, count / count.sum()))
-    figure = Figure((5.0, 3.9), layout="constrained")
-    axes, mass = figure.subplots(2, sharex=True, height_ratios=(4, 1))
+    figure, axes = drawing(height=3.6)
     axes.plot((0, 1), (0, 1), color=FAINT, linewidth=1.2, linestyle="dashed")
-    axes.vlines(confidence, confidence, accuracy, color=COLORS["introspective"], alpha=0.35)
-    axes.scatter(confidence, accuracy, s=36, color=COLORS["introspective"], linewidths=0)
-    axes.set(title="What comes true of what is forecast", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    mass.vlines(confidence, 0, share, color=COLORS["introspective"], linewidth=4)
-    mass.set(xlabel="forecast", ylabel="share")
-    mass.set_ylim(bottom=0)
-    for axis in (axes.xaxis, axes.yaxis, mass.yaxis):
+    for (name, diagram), color in zip(diagrams.items(), colors(len(diagrams)), strict=True):
+        forecast, observed, count = (_array(x) for x in diagram)
+        if not forecast.shape == observed.shape == count.shape or forecast.ndim != 1:
+            shapes = ", ".join(str(list(x.shape)) for x in (forecast, observed, count))
+            raise ValueError(f"the parts of {name} must have one shape [B], got {shapes}")
+        there = count > 0
+        if not there.any():
+            raise ValueError(f"the count of {name} must be above 0 in some bin, got none")
+        forecast, observed, count = (x[there] for x in (forecast, observed, count))
+        axes.plot(forecast, observed, color=color, linewidth=1, alpha=0.5)
+        area = 36 * count / count.max()
+        axes.scatter(forecast, observed, area, color=color, alpha=0.8, linewidths=0, label=name)
+    axes.set(xlabel="forecast", title="What comes true of what is forecast")
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(_percent)
     axes.grid()
+    axes.legend()
     return svg(figure)
 
 
@@ -143,7 +145,7 @@ def embedding_map(
     Neighbours stay neighbours; distances between groups, and their sizes, mean nothing.
 
     Args:
-        sem: ``[N, Ds]`` float, at least 3 items. Of more than 1000 so many are drawn at random.
+        sem: ``[N, Ds]`` float, at least 3 items. Of more than 500 so many are drawn at random.
         labels: ``[N]``, of any kind that can be put in order.
         norms: ``[N]``, the uncertainty of each item; None: all dots have one size.
         seed: of t-SNE and of the items that are drawn.
@@ -170,7 +172,7 @@ def embedding_map(
     x, y = tsne.fit_transform(sem).T
     classes, label = np.unique(labels, return_inverse=True)
     color = np.array(colors(len(classes)))[label]
-    figure, axes = drawing(5.0, 4.8)
+    figure, axes = drawing(height=4.6)
     # In steps, since dots of one size are one shape in the file; small ones on top of large ones.
     steps = np.linspace(norms.min(), norms.max(), 6)
     step = np.abs(norms[:, None] - steps).argmin(axis=1)
@@ -190,8 +192,9 @@ def embedding_map(
     return svg(figure)
 
 
-def drawing(width: float = 5.0, height: float = 3.2) -> tuple[Figure, Axes]:
-    """An empty drawing, its size in inches."""
+def drawing(width: float = 4.4, height: float = 3.0) -> tuple[Figure, Axes]:
+    """An empty drawing, its size in inches: letters of 10 points are readable where it is as wide
+    as a phone."""
     figure = Figure((width, height), layout="constrained")
     return figure, figure.subplots()
 
@@ -210,7 +213,7 @@ def in_percent(axes: Axes) -> None:
     """Shares from one whole tenth to another: a small wobble is to look small."""
     low, high = axes.get_ylim()
     axes.set_ylim(math.floor(10 * low) / 10, min(1.0, math.ceil(10 * high) / 10))
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}".replace("%", " %"))
+    axes.yaxis.set_major_formatter(_percent)
 
 
 def _array(values: ArrayLike) -> np.ndarray:

@@ -16,7 +16,17 @@ from matplotlib import rc_context
 from matplotlib.image import imsave
 from torch import Tensor
 
-from ..evaluation import CORRUPTIONS, Estimate, retrieval
+from ..evaluation import (
+    CORRUPTIONS,
+    Estimate,
+    match_forecast,
+    pair_uncertainty,
+    pictures,
+    reliability,
+    retrieval,
+    risk_coverage,
+    sampled_pairs,
+)
 from ..evaluation.pictures import COLORS, STYLE, data_uri, drawing, in_percent, svg
 from ..metric import Metric
 from ..nearest import nearest
@@ -185,7 +195,12 @@ def write_report(
             loss_figure=_curves(outcomes, "loss", "Training loss"),
             quality=title,
             quality_figure=_curves(outcomes, quality, title),
-            queries=_queries(shown, data, config.run.seed),
+            risk_figure=_risks(shown),
+            reliability_figure=_reliability(shown, data, config.run.seed),
+            queries=_queries(shown, data),
+            map_figure=pictures.embedding_map(
+                shown.sem, data.test_labels, shown.unc.norm(dim=1), config.run.seed
+            ),
             extremes=_extremes(shown, data),
             corruptions=_corruptions(shown, data),
             distance_figure=_surface(
@@ -291,13 +306,42 @@ def _curves(outcomes: dict[str, Outcome], name: str, label: str) -> str:
     return svg(figure)
 
 
-def _queries(outcome: Outcome, data: Data, seed: int) -> dict[str, list[dict]]:
-    """Queries with their five nearest: some drawn at random, some whose nearest is wrong."""
+def _risks(outcome: Outcome) -> str:
+    """How many answers are wrong among the most certain, by every candidate of the run."""
+    curves = {
+        CANDIDATES[name]: risk_coverage(uncertainty, outcome.wrong)
+        for name, uncertainty in outcome.uncertainties.items()
+    }
+    coverage, _ = next(iter(curves.values()))
+    return pictures.risk_coverage(coverage, {name: risk for name, (_, risk) in curves.items()})
+
+
+def _reliability(outcome: Outcome, data: Data, seed: int) -> str:
+    """The forecasts that the table judges: of the same pairs, by the same models."""
+    pairs = sampled_pairs(outcome.sem, data.test_labels, seed=seed)
+    features = {
+        "by D and β": (pairs.distance, pair_uncertainty(pairs, outcome.unc)),
+        "by D alone": (pairs.distance,),
+    }
+    return pictures.reliability(
+        {
+            name: reliability(
+                match_forecast(torch.stack(told, dim=1), pairs.match, pairs.rows, seed=seed),
+                pairs.match,
+            )
+            for name, told in features.items()
+        }
+    )
+
+
+def _queries(outcome: Outcome, data: Data) -> list[dict[str, list[dict]]]:
+    """Queries with their five nearest, from most to least certain: of all the first and the last,
+    and of those that are answered wrongly the first."""
     k = min(5, len(outcome.sem) - 1)
     _, columns = nearest(outcome.sem, None, k=k, metric=Metric.plain(), exclude_self=True)
     right = data.test_labels[columns] == data.test_labels[:, None]
-    order = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed)).tolist()
-    wrong = [query for query in order if not right[query, 0]]
+    order = outcome.unc.norm(dim=1).argsort().tolist()
+    wrong = [query for query in order if outcome.wrong[query]]
 
     def row(query: int) -> dict:
         found = zip(columns[query].tolist(), right[query].tolist(), strict=True)
@@ -306,19 +350,22 @@ def _queries(outcome: Outcome, data: Data, seed: int) -> dict[str, list[dict]]:
             "found": [_item(outcome, data, column) | {"right": ok} for column, ok in found],
         }
 
-    mistakes = f"{min(6, len(wrong))} of {len(wrong)}" if wrong else "none"
-    return {
-        "Drawn at random": [row(query) for query in order[:6]],
-        f"Nearest is wrong: {mistakes}": [row(query) for query in wrong[:6]],
-    }
+    mistakes = f"{len(wrong[:8])} of {len(wrong)}" if wrong else "none"
+    return [
+        {
+            "Most certain queries": [row(query) for query in order[:4]],
+            "Least certain queries": [row(query) for query in order[-4:]],
+        },
+        {f"Wrong, the most certain first: {mistakes}": [row(query) for query in wrong[:8]]},
+    ]
 
 
 def _extremes(outcome: Outcome, data: Data) -> dict[str, list[dict]]:
     """The images with the shortest and with the longest ``u``."""
     order = outcome.unc.norm(dim=1).argsort().tolist()
     return {
-        "Most certain": [_item(outcome, data, i) for i in order[:10]],
-        "Least certain": [_item(outcome, data, i) for i in order[:-11:-1]],
+        "Most certain images": [_item(outcome, data, i) for i in order[:10]],
+        "Least certain images": [_item(outcome, data, i) for i in order[:-11:-1]],
     }
 
 
@@ -382,10 +429,13 @@ def _surface(
 
     alpha = torch.linspace(0.005, 2, 200)  # the largest distance of two unit vectors
     beta = torch.linspace(0, max(2.0, 1.1 * betas.max().item()), 200)
-    values = function(outcome.metric, *torch.meshgrid(alpha, beta, indexing="xy"))
+    values = function(outcome.metric, *torch.meshgrid(alpha, beta, indexing="xy")).numpy()
 
-    figure, axes = drawing(height=3.7)
-    axes.contourf(alpha, beta, values, levels=40, cmap=colors)
+    figure, axes = drawing(height=3.4)
+    extent = (0, alpha[-1].item(), 0, beta[-1].item())
+    axes.imshow(
+        values, colors, aspect="auto", interpolation="bicubic", origin="lower", extent=extent
+    )
     lines = axes.contour(alpha, beta, values, levels=levels, colors="#2a3342", linewidths=0.6)
     axes.clabel(lines, fontsize=9)
     axes.scatter(alphas, betas, s=4, color="#c2410c", alpha=0.6, linewidths=0)
