@@ -142,7 +142,8 @@ def record(model: TwoHeaded, criterion: Criterion, config: Config, data: Data) -
         right = criterion.predict(sem) == data.test_labels
         quality = {"top_1": right.double().mean().item()}
     else:
-        quality = retrieval(sem, data.test_labels).values
+        values = retrieval(sem, data.test_labels).values
+        quality = {name: x for name, x in values.items() if not name.startswith("precision")}
     norm = unc.norm(dim=1) if criterion.loss.metric.reads_unc else None
     return {
         **quality,
