@@ -43,6 +43,8 @@ QUALITIES = {
 }
 # By which of them the metrics are told apart.
 JUDGED = {"retrieval": ("recall_at_1", "map_at_r"), "classification": ("top_1",)}
+# What every network has, whatever its loss and its metric, to set its uncertainty against.
+BASELINES = ("sem_norm", "mc_dropout")
 # Of the bootstrap and of MC-dropout: fewer than by default, since a run is not to wait for them.
 RESAMPLES, PASSES = 200, 10
 
@@ -196,5 +198,6 @@ def evaluate(
         "unc_alive": None if verdict is None else float(verdict.alive),
         **{name: number and number.value for name, number in measured.items()},
         **{f"{name}_distance": number.value for name, number in table.distance.items()},
+        **{f"error_auroc_{name}": table.rows[name]["error_auroc"].value for name in BASELINES},
     }
     return Outcome(metric, epochs, results, sem, unc, norms, found, wrong, table)

@@ -69,6 +69,8 @@ ROWS = {
         ("‖u‖, variation", "unc_variation", PERCENT),
         ("Alive", "unc_alive", yes_or_no),
         ("R-AUROC", "error_auroc", AUROC),
+        ("R-AUROC of −‖s‖", "error_auroc_sem_norm", AUROC),
+        ("R-AUROC of MC-dropout", "error_auroc_mc_dropout", AUROC),
         ("AURC", "aurc", SMALL),
         ("Pair AUROC", "pair_auroc", AUROC),
         ("ECE by D and β", "ece", SMALL),

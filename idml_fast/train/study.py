@@ -31,6 +31,8 @@ MEASURES = {
     "map_at_r": "MAP@R",
     "nmi": "NMI",
     "error_auroc": "R-AUROC: does ‖u‖ rank wrong answers above right ones (0.5: no)",
+    "error_auroc_sem_norm": "R-AUROC of the baseline −‖s‖, before s is normalised",
+    "error_auroc_mc_dropout": "R-AUROC of the baseline MC-dropout",
     "aurc": "AURC: area under the risk-coverage curve by ‖u‖ (less is better)",
     "pair_auroc": "AUROC of β for wrong decisions about pairs",
     "ood_auroc": "AUROC of ‖u‖ for out-of-distribution images",
