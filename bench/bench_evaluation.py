@@ -24,13 +24,13 @@ pytest.importorskip("faiss", reason="faiss is not installed; the extra `bench` h
 
 
 def test_retrieval(race_case):
-    race_case(retrieval_case(ITEMS // SOME, CLASSES // SOME))
+    race_case(retrieval_case(ITEMS // SOME))
 
 
 def test_retrieval_of_all(race_case, full):
     if not full:
         pytest.skip("this takes more than a minute: --full")
-    race_case(retrieval_case(ITEMS, CLASSES, rounds=0, seconds_bar=SECONDS_BAR))
+    race_case(retrieval_case(ITEMS, rounds=0, seconds_bar=SECONDS_BAR))
 
 
 def test_clustering(race_case, full):
@@ -40,7 +40,7 @@ def test_clustering(race_case, full):
         race.Case(
             title=f"NMI, AMI and F1, {ITEMS} items, {CLASSES} classes, D = {D}",
             build=clusterers,
-            shape=(ITEMS, CLASSES),
+            shape=(ITEMS,),
             peers=("faiss",),
             flop=25 * 2.0 * ITEMS * CLASSES * D,
             rounds=0,
@@ -49,11 +49,11 @@ def test_clustering(race_case, full):
     )
 
 
-def retrieval_case(items, classes, **rest) -> race.Case:
+def retrieval_case(items, **rest) -> race.Case:
     return race.Case(
-        title=f"retrieval, {items} items, {classes} classes, D = {D}",
+        title=f"retrieval, {items} items, {classes_of(items)} classes, D = {D}",
         build=retrievers,
-        shape=(items, classes),
+        shape=(items,),
         peers=("faiss + numpy",),
         flop=2.0 * items * items * D,
         bars={"faiss + numpy": 1.0},
@@ -62,8 +62,13 @@ def retrieval_case(items, classes, **rest) -> race.Case:
     )
 
 
-def problem(items, classes):
+def classes_of(items):
+    return items * CLASSES // ITEMS
+
+
+def problem(items):
     """Items around the centres of their classes: at least two each, and up to about fifteen."""
+    classes = classes_of(items)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(classes, (items - 2 * classes,), generator=generator)
     labels = torch.cat([torch.arange(classes).repeat(2), drawn])
@@ -72,10 +77,10 @@ def problem(items, classes):
     return torch.nn.functional.normalize(sem), labels
 
 
-def retrievers(items, classes, peers) -> race.Contestants:
+def retrievers(items, peers) -> race.Contestants:
     from idml_fast.evaluation import retrieval
 
-    sem, labels = problem(items, classes)
+    sem, labels = problem(items)
 
     def ours():
         return tuple(retrieval(sem, labels, ks=KS).per_query.values())
@@ -109,10 +114,10 @@ def with_faiss(sem, labels):
     return tuple(map(torch.from_numpy, found))
 
 
-def clusterers(items, classes, peers) -> race.Contestants:
+def clusterers(items, peers) -> race.Contestants:
     from idml_fast.evaluation import clustering
 
-    sem, labels = problem(items, classes)
+    sem, labels = problem(items)
 
     def ours():
         return tuple(map(torch.tensor, clustering(sem, labels).values()))
@@ -121,7 +126,7 @@ def clusterers(items, classes, peers) -> race.Contestants:
         import faiss
 
         faiss.omp_set_num_threads(torch.get_num_threads())
-        k_means = faiss.Kmeans(D, classes, niter=25, min_points_per_centroid=1)
+        k_means = faiss.Kmeans(D, classes_of(items), niter=25, min_points_per_centroid=1)
         k_means.train(sem.numpy())
         return (torch.from_numpy(k_means.index.search(sem.numpy(), 1)[1]),)
 

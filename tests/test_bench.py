@@ -35,6 +35,15 @@ def test_ours_and_the_formula_compute_the_same(bench_pairwise, sets):
     assert both["floor"]() == ()
 
 
+def test_retrieval_and_its_peer_find_the_same(race):
+    evaluation = importlib.import_module("bench_evaluation")
+    both = evaluation.retrievers(600, ("faiss + numpy",))
+    ours, theirs = both["ours"](), both["faiss + numpy"]()
+    assert len(ours) == len(theirs) + 2  # MRR and mAP
+    for one, other in zip(ours, theirs, strict=False):
+        torch.testing.assert_close(one, other.double())
+
+
 BACKWARD = {"passes": "forward + backward"}
 # What builds the contestants, its shape, the peers, and the rest.
 GPU_CASES = {
