@@ -43,7 +43,7 @@ from idml_fast.evaluation import (
     uncertainty_table,
     wrong_answers,
 )
-from idml_fast.evaluation.uncertainty import mean
+from idml_fast.evaluation._weighted import mean
 
 nan = math.nan
 

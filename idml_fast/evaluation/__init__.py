@@ -6,26 +6,25 @@ Needs the extra ``idml_fast[train]``: faiss, scikit-learn, scipy; ``import idml_
 from .baselines import mc_dropout, proxy_distance, semantic_norm, softmax_entropy
 from .clustering import clustering
 from .corruptions import CORRUPTIONS, corrupted, corrupted_norms, shuffled
-from .retrieval import Retrieval, retrieval
-from .uncertainty import (
-    Estimate,
-    UncertaintyTable,
-    Verdict,
-    alive_or_dead,
-    aurc,
-    bootstrap,
+from .pairs import (
     brier,
     ece,
-    error_auroc,
     match_forecast,
-    ood_auroc,
     pair_auroc,
     pair_uncertainty,
     reliability,
-    risk_coverage,
     sampled_pairs,
+)
+from .retrieval import Retrieval, retrieval
+from .table import Estimate, UncertaintyTable, bootstrap, uncertainty_table
+from .uncertainty import (
+    Verdict,
+    alive_or_dead,
+    aurc,
+    error_auroc,
+    ood_auroc,
+    risk_coverage,
     severity_correlation,
-    uncertainty_table,
     wrong_answers,
 )
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..evaluation import clustering, retrieval
+from ..evaluation import clustering, retrieval, uncertainty_table
 from ..evaluation.files import FileError, Items, check_gallery, metadata, numbered, read_items
-from ..evaluation.uncertainty import uncertainty_table
 from ..metric import Metric
 from .data import load_data
 from .folder import read_config, to_json, write_text
