@@ -162,7 +162,7 @@ def _read(path: Path, name: str) -> np.ndarray | Tensor | None:
                 with archive.open(f"{name}.npy") as member:
                     return npy.read_array(member, allow_pickle=False)
         with safe_open(path, "pt") as file:
-            return file.get_tensor(name) if name in file.keys() else None  # noqa: SIM118
+            return file.get_tensor(name) if name in set(file.keys()) else None
 
 
 @contextmanager

@@ -39,7 +39,8 @@ def sampled_pairs(
     k: int = 5,
     seed: int = 0,
 ) -> Pairs:
-    """Every query with its ``k`` nearest neighbours and with ``k`` others drawn at random.
+    """Every query with its ``k`` nearest neighbours, the nearest first, and ``k`` others drawn at
+    random.
 
     The nearest are the pairs that are hard to tell, and those that retrieval asks about; the
     others keep the easy ones from being forgotten. (A random one may happen to be a near one.)

@@ -15,10 +15,10 @@ from .pairs import Pairs, brier, ece, match_forecast, pair_auroc, pair_uncertain
 from .uncertainty import (
     aurc,
     error_auroc,
+    has_match,
     image_uncertainty,
     ood_auroc,
     severity_correlation,
-    wrong_answers,
 )
 
 # How many weights `bootstrap` draws at once: what measures make of them then stays in the cache.
@@ -160,14 +160,14 @@ def uncertainty_table(
             raise ValueError(f"{name} must name {wanted} like candidates, got {got}")
     if sem2 is not None:
         _check_candidates("candidates2", candidates2, sem2, "sem2")
-    matched = torch.ones(len(sem), dtype=torch.bool, device=sem.device)
-    if wrong is None:
-        wrong, matched = wrong_answers(sem, labels, sem2, labels2)
-    elif wrong.shape != matched.shape:
+    if wrong is not None and wrong.shape != sem.shape[:1]:
         raise ValueError(f"wrong must have shape [{len(sem)}] like sem, got {list(wrong.shape)}")
+    pairs = sampled_pairs(sem, labels, sem2, labels2, seed=seed)
+    matched = torch.ones(len(sem), dtype=torch.bool, device=sem.device)
+    if wrong is None:  # a query's nearest item is in its first pair: no second search
+        wrong, matched = ~pairs.match.view(len(sem), -1)[:, 0], has_match(labels, labels2)
     if not matched.any():
         raise ValueError("labels must give some query another item of its class, got none")
-    pairs = sampled_pairs(sem, labels, sem2, labels2, seed=seed)
     betas = {
         name: pair_uncertainty(pairs, unc, candidates2[name] if candidates2 else None).cpu()
         for name, unc in candidates.items()

@@ -242,10 +242,18 @@ def wrong_answers(
     itself = sem2 is None
     gallery = labels if itself else labels2
     _, found = nearest(sem, None, sem2, k=1, metric=Metric.plain(), exclude_self=itself)
-    if not itself:
-        return gallery[found[:, 0]] != labels, torch.isin(labels, gallery)
+    return gallery[found[:, 0]] != labels, has_match(labels, labels2)
+
+
+def has_match(
+    labels: Tensor,  # [N]
+    labels2: Tensor | None = None,  # [M]
+) -> Tensor:  # [N] bool
+    """Whether each query has another item of its class, among the queries or in the gallery."""
+    if labels2 is not None:
+        return torch.isin(labels, labels2)
     _, classes, sizes = labels.unique(return_inverse=True, return_counts=True)
-    return gallery[found[:, 0]] != labels, sizes[classes] > 1
+    return sizes[classes] > 1
 
 
 def image_uncertainty(

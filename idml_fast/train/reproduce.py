@@ -168,10 +168,8 @@ class Comparison:
     @property
     def note(self) -> str:
         """What the numbers of the tables are."""
-        count = len(self.seeds)
-        over = f"mean ± standard deviation over {count} seeds" if count > 1 else "of one seed"
         return (
-            f"In percent: {over}; Δ: introspective "
+            f"In percent: {over(self.seeds)}; Δ: introspective "
             "less conventional, seed by seed, with its 95 % interval. ρ: Spearman's correlation of "
             "the uncertainty with the damage done to an image. The columns of the paper are its "
             "own Recall@1 (or top-1) on other, larger data: a reference, nothing to be reached "
@@ -343,6 +341,11 @@ def configurations(
         for seed, config in seeded(name, values, seeds, epochs, folder).items():
             found[name, seed] = config
     return found
+
+
+def over(seeds: Sequence[int]) -> str:
+    """In words, what a cell of a table is."""
+    return f"mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "of one seed"
 
 
 def seeded(

@@ -15,7 +15,7 @@ from scipy.stats import false_discovery_control, ttest_rel
 from ..evaluation import CORRUPTIONS
 from ..metric import Metric
 from .folder import write_text
-from .reproduce import Results, load_recipe, merged, results_of, seeded, written
+from .reproduce import Results, load_recipe, merged, over, results_of, seeded, written
 
 PREFIX = "study_"  # of a recipe's file
 # Who takes part: the settings, and which metric of the configuration is trained.
@@ -175,13 +175,11 @@ class Study:
     @property
     def note(self) -> str:
         """What the numbers of the tables are."""
-        count = len(self.seeds)
-        over = f"mean ± standard deviation over {count} seeds" if count > 1 else "of one seed"
         return (
-            f"Numbers are {over}; beside a kind of damage stands its share of the training images "
-            "in percent. *less*: the introspective metric less another, seed by seed, ± half of "
-            "the 95 % interval; p of the paired t test, in brackets corrected for the number of "
-            "all comparisons (Benjamini-Hochberg)."
+            f"Numbers are {over(self.seeds)}; beside a kind of damage stands its share of the "
+            "training images in percent. *less*: the introspective metric less another, seed by "
+            "seed, ± half of the 95 % interval; p of the paired t test, in brackets corrected for "
+            "the number of all comparisons (Benjamini-Hochberg)."
         )
 
     def to_csv(self) -> str:
