@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ LABELLED = re.compile(r"(?P<path>\S.*?)\s+(?P<label>\d+)\s*", re.ASCII)
 
 Key = str | int  # tells a class; the order of the keys is that of the classes
 Items = list[tuple[str, Key]]  # the images' paths with their classes
+# What loadmat and its reader raise where a file holds something else, or only half of it.
+CONTENT = LookupError, MatReadError, NotImplementedError, OSError, TypeError, ValueError, zlib.error
 
 
 class Found(NamedTuple):
@@ -66,13 +69,14 @@ def cub(root: Path) -> Found:
 def cars(root: Path) -> Found:
     """Cars196: ``cars_annos.mat`` and the images in ``car_ims``; classes 1 to 98 are learned."""
     path = first(root, "cars196/cars_annos.mat", "cars_annos.mat")
+    file = BytesIO(path.read_bytes())  # what loadmat raises is then of what is in it
     try:
-        content = loadmat(path, variable_names=("annotations", "class_names"))
+        content = loadmat(file, variable_names=("annotations", "class_names"))
         annotations = content["annotations"].ravel()
         images = [str(image.item()) for image in annotations["relative_im_path"]]
         numbers = [int(number.item()) for number in annotations["class"]]
         names = [str(name.item()) for name in content["class_names"].ravel()]
-    except (MatReadError, NotImplementedError, LookupError, TypeError, ValueError, zlib.error):
+    except CONTENT:
         raise DataError(
             f"{path} must be a MATLAB file, older than 7.3, with class_names and with annotations "
             "that have relative_im_path and class"
@@ -145,8 +149,8 @@ def domains(root: Path, source: str | None, target: str | None) -> Found:
     learned, retrieved = halves(root, sorted(set().union(*classes.values())))
     return Found(
         root,
-        classes_in(root, f"{source}/", [x for x in learned if x in classes[source]]),
-        classes_in(root, f"{target}/", [x for x in retrieved if x in classes[target]]),
+        classes_in(root, f"{source}/", [x for x in classes[source] if x in learned]),
+        classes_in(root, f"{target}/", [x for x in classes[target] if x in retrieved]),
     )
 
 
