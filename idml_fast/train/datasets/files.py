@@ -68,16 +68,18 @@ def rows(path: Path, line: re.Pattern[str], head: int = 0) -> Iterator[re.Match[
         for number, text in enumerate(file, start=1):
             if number < head or text.isspace():
                 continue
-            row = line.fullmatch(text)
             if number == head:
-                row = " ".join(text.split()) == columns
-            if not row:
-                what = "the head" if number == head else "a line of"
-                raise DataError(
-                    f"{path}, line {number}, must be {what} {columns}, got {text.rstrip()!r}"
-                )
-            if number > head:
-                yield row
+                if text.split() != columns.split():
+                    raise _wrong(path, number, f"the head {columns}", text)
+                continue
+            row = line.fullmatch(text)
+            if row is None:
+                raise _wrong(path, number, f"a line of {columns}", text)
+            yield row
+
+
+def _wrong(path: Path, number: int, wanted: str, text: str) -> DataError:
+    return DataError(f"{path}, line {number}, must be {wanted}, got {text.rstrip()!r}")
 
 
 def check_files(file: Path, root: Path, paths: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ LABELLED = re.compile(r"(?P<path>\S.*?)\s+(?P<label>\d+)\s*", re.ASCII)
 Key = str | int  # tells a class; the order of the keys is that of the classes
 Items = list[tuple[str, Key]]  # the images' paths with their classes
 # What loadmat and its reader raise where a file holds something else, or only half of it.
-CONTENT = LookupError, MatReadError, NotImplementedError, OSError, TypeError, ValueError, zlib.error
+BROKEN = LookupError, MatReadError, NotImplementedError, OSError, TypeError, ValueError, zlib.error
 
 
 class Found(NamedTuple):
@@ -76,7 +76,7 @@ def cars(root: Path) -> Found:
         images = [str(image.item()) for image in annotations["relative_im_path"]]
         numbers = [int(number.item()) for number in annotations["class"]]
         names = [str(name.item()) for name in content["class_names"].ravel()]
-    except CONTENT:
+    except BROKEN:
         raise DataError(
             f"{path} must be a MATLAB file, older than 7.3, with class_names and with annotations "
             "that have relative_im_path and class"
@@ -120,7 +120,9 @@ def inshop(root: Path) -> Found:
 def domainnet(root: Path, source: str | None, target: str | None) -> Found:
     """DomainNet: ``<domain>_train.txt`` of ``source`` and ``<domain>_test.txt`` of ``target``.
 
-    Of its 345 classes those with labels below 172 are learned, and the others retrieved.
+    Of its 345 classes those with labels below 172 are learned, and the others retrieved: half of
+    them, as elsewhere. Which of them were learned for the numbers in the literature is not
+    published, as far as could be found.
     """
     _checks.one_of("source", source, DOMAINNET)
     _checks.one_of("target", target, DOMAINNET)
