@@ -23,8 +23,8 @@ from sklearn.datasets import load_digits
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from idml_fast import cli
-from idml_fast.evaluation import retrieval
-from idml_fast.train import Config, TwoHeaded, load, run
+from idml_fast.evaluation import CORRUPTIONS, retrieval, shuffled
+from idml_fast.train import Config, TwoHeaded, load, outcome, run
 from idml_fast.train import data as data_module
 from idml_fast.train import report as report_module
 from idml_fast.train.config import DataConfig, ModelConfig, OptimConfig, RunConfig
@@ -299,6 +299,30 @@ def test_uncertainties_are_those_of_the_batches(finished):
     told = uncertainties(model, config.criterion(metric, 4), batches(data.test, config.data))
     _, unc = model(torch.stack([image for image, *_ in data.test]))
     torch.testing.assert_close(told["unc_norm"], unc.norm(dim=1).detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_damaged_in_blocks_images_give_the_same_numbers(finished, monkeypatch):
+    config, _ = finished
+    data = replace(load_data(config.data), sampled=torch.tensor([1, 5, 7, 20, 21, 33, 39]))
+    model, metric = load(config.folder / "introspective.safetensors")
+    criterion = config.criterion(metric, 4)
+    images = torch.stack([data.test[i][0] for i in data.sampled.tolist()])
+    monkeypatch.setattr(outcome, "BLOCK", 3 * images[0].numel() * 4)
+    damaged, foreign = outcome.made_worse(model, criterion, config, data)
+
+    def measured(images):
+        return model(images)[1].detach().norm(dim=1)
+
+    def assert_same(one, other):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+    assert_same(foreign["unc_norm"], measured(shuffled(images)))
+    for kind, norms in damaged["unc_norm"].items():
+        assert norms.shape == (6, 7)
+        assert_same(norms[0], measured(images))
+        for severity in (1, 5):
+            blocks = [measured(CORRUPTIONS[kind](x, severity)) for x in images.split(3)]
+            assert_same(norms[severity], torch.cat(blocks))
 
 
 # ------------------------------------------------------------------------------ the network

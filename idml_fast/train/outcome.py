@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,6 +50,7 @@ JUDGED = {"retrieval": ("recall_at_1", "map_at_r"), "classification": ("top_1",)
 BASELINES = ("sem_norm", "mc_dropout")
 # Of the bootstrap and of MC-dropout: fewer than by default, since a run is not to wait for them.
 RESAMPLES, PASSES = 200, 10
+BLOCK = 2**26  # bytes of images that are damaged together
 
 
 @dataclass
@@ -194,23 +196,17 @@ def evaluate(
     metric, labels, labels2 = criterion.loss.metric, data.test_labels, data.gallery_labels
     embedded = embed_all(model, config, data)
     sem, unc, sem2, unc2 = embedded
-
-    def measure(images: Iterable[Tensor]) -> dict[str, Tensor]:
-        return uncertainties(model, criterion, images)
-
-    def measure_at_once(images: Tensor) -> dict[str, Tensor]:
-        return measure(images.split(config.data.batch_size))
-
     results = quality(embedded, criterion, config, data)
     if config.data.task == "retrieval":
         results |= clustering(sem, labels, seed=config.run.seed, starts=4)
         wrong, matched = wrong_answers(sem, labels, sem2, labels2)
     else:
         wrong, matched = criterion.predict(sem) != labels, None
-    found = measure(batches(data.test, config.data))
-    others = None if sem2 is None else measure(batches(data.gallery, config.data))
-    images = in_memory(data.test, config.data, data.sampled)
-    damaged = corrupted(measure_at_once, images)
+    found, others = (
+        None if part is None else uncertainties(model, criterion, batches(part, config.data))
+        for part in (data.test, data.gallery)
+    )
+    damaged, foreign = made_worse(model, criterion, config, data)
     # Of a pair both embeddings count, not only how long they are.
     whole = {"unc_norm": unc} if metric.reads_unc else {}
     whole2 = {"unc_norm": unc2} if metric.reads_unc else {}
@@ -223,7 +219,7 @@ def evaluate(
         None if others is None else others | whole2,
         wrong=None if matched is not None else wrong,
         corrupted=damaged,
-        outside=measure_at_once(shuffled(images)),
+        outside=foreign,
         resamples=RESAMPLES,
         seed=config.run.seed,
     )
@@ -242,3 +238,29 @@ def evaluate(
     }
     shown = sem, unc, norms, found, wrong, table
     return Outcome(metric, epochs, results, *shown, sem2=sem2, unc2=unc2, matched=matched)
+
+
+def made_worse(
+    model: TwoHeaded, criterion: Criterion, config: Config, data: Data
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """`uncertainties` of the images of ``data.sampled``: ``[6, K]`` by candidate and corruption, as
+    `corrupted` gives them, and ``[K]`` by candidate once they are `shuffled`.
+
+    A block of images at a time; what a corruption draws at random is the same in each.
+    """
+    device = next(model.parameters()).device  # a GPU damages images faster, too
+    size = max(1, BLOCK // (4 * math.prod(data.shape)))
+    parts, foreign = [], []
+
+    def measure(images: Tensor) -> dict[str, Tensor]:
+        return uncertainties(model, criterion, images.split(config.data.batch_size))
+
+    for places in data.sampled.split(size):
+        images = in_memory(data.test, config.data, places).to(device)
+        parts.append(corrupted(measure, images))
+        foreign.append(measure(shuffled(images)))
+    damaged = {
+        name: {kind: torch.cat([part[name][kind] for part in parts], dim=1) for kind in kinds}
+        for name, kinds in parts[0].items()
+    }
+    return damaged, {name: torch.cat([part[name] for part in foreign]) for name in foreign[0]}

@@ -186,11 +186,11 @@ def write_report(
     """
     shown = outcomes["introspective"]
     quality, title, pixels = "top_1", "Top-1 accuracy of unseen images", None
-    images = in_memory(data.test, config.data, data.sampled)
     if config.data.task == "retrieval":
         quality = "recall_at_1"
         title = "Recall@1 among unseen classes" if data.unseen else "Recall@1"
-        if data.gallery is None and len(images) == len(data.test_labels):  # else an easier task
+        if data.gallery is None and len(data.sampled) == len(data.test_labels):
+            images = in_memory(data.test, config.data, data.sampled)  # of fewer it would be easier
             pixels = retrieval(images.flatten(1), data.test_labels).values["recall_at_1"]
     with rc_context(STYLE):
         page = render(
@@ -215,7 +215,7 @@ def write_report(
                 shown.sem, data.names(data.test_labels), shown.unc.norm(dim=1), config.run.seed
             ),
             extremes=_extremes(shown, data),
-            corruptions=_corruptions(shown, images),
+            corruptions=_corruptions(shown, data),
             distance_figure=_surface(
                 shown, _distance, "D(α, β)", "YlGnBu", np.arange(0.25, 2, 0.25)
             ),
@@ -405,14 +405,14 @@ def _item(outcome: Outcome, data: Data, index: int, gallery: bool = False) -> di
     }
 
 
-def _corruptions(
-    outcome: Outcome,
-    images: Tensor,  # [K, channels, height, width], those that were damaged
-) -> list[dict]:
-    """For every corruption: ``||u||`` over severity, and what it does to one image."""
+def _corruptions(outcome: Outcome, data: Data) -> list[dict]:
+    """For every corruption: ``||u||`` over severity, and what it does to one image, alone: what it
+    draws at random is drawn for this image anew."""
+    norm = outcome.unc[data.sampled].norm(dim=1)
+    typical = data.sampled[norm.sort().indices[len(norm) // 2]].item()
+    image = data.test[typical][0][None]
     found = []
     for name, norms in outcome.norms.items():
-        typical = norms[0].sort().indices[len(images) // 2].item()
         figure, axes = drawing(3.6, 2.6)
         low, median, high = np.quantile(norms.numpy(), (0.25, 0.5, 0.75), axis=1)
         severity = np.arange(len(norms))
@@ -421,8 +421,7 @@ def _corruptions(
         axes.plot(severity, median, color=color, marker="o", markersize=4)
         axes.set(xlabel="severity", ylabel="‖u‖")
         axes.grid(axis="y")
-        # The draws of a corruption depend on the whole batch: corrupt all, show one.
-        damaged = [CORRUPTIONS[name](images, step)[typical] for step in severity]
+        damaged = [CORRUPTIONS[name](image, step)[0] for step in severity]
         found.append(
             {
                 "name": name,
