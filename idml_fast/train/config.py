@@ -85,7 +85,7 @@ class ModelConfig:
         weights: a file with weights of the backbone instead, safetensors or PyTorch's;
             ``--weights`` for short.
         freeze_norm: the batch norms of the backbone stay as they are: neither their statistics nor
-            their weights learn.
+            their weights learn. Not for random weights.
         sem_dim: width of the semantic embedding.
         unc_dim: width of the uncertainty embedding.
     """

@@ -57,8 +57,7 @@ def _run(config: Config) -> dict[str, dict[str, float | None]]:
     start = time.perf_counter()
     accelerator = Accelerator(mixed_precision=config.run.mixed_precision, cpu=stays_on_cpu(config))
     data = load_data(config.data, config.run.seed)
-    for metric in config.metrics.values():
-        build(config, data, metric)  # what cannot be built is refused before anything is written
+    build(config, data, config.metrics["introspective"])  # or a refusal, and nothing is written
     if accelerator.is_main_process:
         open_folder(config)
         for remark in data.remarks:
