@@ -12,14 +12,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from .. import backend
 from ..metric import Metric
 from .config import Config
 from .criterion import Criterion
-from .data import Data, load_data
+from .data import Data, load_data, loader
 from .folder import open_folder, to_json, write_text
 from .mixing import mix
 from .model import TwoHeaded, save
@@ -43,6 +42,8 @@ def run(config: Config) -> dict[str, dict[str, float | None]]:
     Raises:
         FileExistsError: the folder holds another run.
         FloatingPointError: the loss is no longer finite.
+        idml_fast.train.datasets.DataError: the data set, or an image, is not as it should be.
+        SettingsError: the network, or its weights, cannot be had.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(config.run.threads or threads)
@@ -56,8 +57,11 @@ def _run(config: Config) -> dict[str, dict[str, float | None]]:
     start = time.perf_counter()
     accelerator = Accelerator(mixed_precision=config.run.mixed_precision, cpu=stays_on_cpu(config))
     data = load_data(config.data, config.run.seed)
+    build(config, data, config.metrics["introspective"])  # or a refusal, and nothing is written
     if accelerator.is_main_process:
         open_folder(config)
+        for remark in data.remarks:
+            print(f"idml-fast: {remark}")
     lines: list[dict] = []
     outcomes: dict[str, Outcome] = {}
 
@@ -115,18 +119,12 @@ def train(
         watch: evaluate after every epoch, and show a progress bar.
     """
     set_seed(config.run.seed)
-    model = TwoHeaded(config.model, data.train_images.shape[1], data.train_images.shape[2:])
-    model.unc.requires_grad_(metric.reads_unc)
-    criterion = config.criterion(metric)
+    model, criterion = build(config, data, metric)
     optimizer, schedule = adamw(config.optim, model, criterion)
-    loader = DataLoader(
-        TensorDataset(data.train_images, data.train_labels),
-        config.data.batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(config.run.seed),
-    )
+    order = torch.Generator().manual_seed(config.run.seed)
+    batches = loader(data.train, config.data, order, shuffle=True)
     draws = np.random.default_rng(config.run.seed)
-    network, loss, optimizer, loader = accelerator.prepare(model, criterion, optimizer, loader)
+    network, loss, optimizer, batches = accelerator.prepare(model, criterion, optimizer, batches)
     # The conventional metric gives the uncertainty head nothing to learn from.
     heads = (model.sem, model.unc) if metric.reads_unc else (model.sem,)
     parameters = [*network.parameters(), *loss.parameters()]
@@ -136,7 +134,7 @@ def train(
     for epoch in progress:
         network.train()
         steps = []
-        for images, labels in loader:
+        for images, labels, *_ in batches:
             value, embedded = batch_loss(network, loss, images, labels, config, draws)
             accelerator.backward(value)
             accelerator.clip_grad_value_(parameters, config.optim.clip)
@@ -165,6 +163,18 @@ def train(
             quality = {shown[key]: f"{seen[key]:.1%}" for key in shown if key in seen}
             progress.set_postfix({"loss": f"{mean:.3f}", **quality})
     return model, criterion
+
+
+def build(config: Config, data: Data, metric: Metric) -> tuple[TwoHeaded, Criterion]:
+    """The network and its loss, as they are before they learn anything.
+
+    Raises:
+        SettingsError: the network, its weights or the loss does not fit the data set.
+    """
+    channels, *size = data.shape
+    model = TwoHeaded(config.model, channels, size)
+    model.unc.requires_grad_(metric.reads_unc)
+    return model, config.criterion(metric, data.num_classes)
 
 
 def batch_loss(

@@ -19,6 +19,7 @@ from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from .config import RECIPES, Config, config_of
+from .criterion import SettingsError
 from .data import load_data
 from .folder import difference, to_json, write_text
 from .loop import train
@@ -56,10 +57,6 @@ NUMBERS = (
 PAPER = Path(__file__).parent / "paper.csv"
 Run = tuple[str, str, int]  # the row, with which metric, the seed
 Results = dict[str, float | None]  # the numbers of a run; None for what its metric lacks
-
-
-class SettingsError(ValueError):
-    """An argument of `reproduce` does not fit."""
 
 
 @dataclass(frozen=True)
