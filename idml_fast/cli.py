@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
+# sysexits.h's EX_TEMPFAIL: try again. A run that a signal has ended before its end has this status.
+STOPPED = 75
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status, or exits with usage help.
 
@@ -119,8 +123,10 @@ def _add_evaluate(commands: Any) -> None:
 def _train(arguments: list[str]) -> int:
     try:
         from .train import load_config, run
+        from .train.checkpoint import Interrupted
         from .train.criterion import SettingsError
         from .train.datasets import DataError
+        from .train.folder import RunError
     except ModuleNotFoundError as error:
         return _missing("train", error)
     config = load_config(arguments)
@@ -130,8 +136,11 @@ def _train(arguments: list[str]) -> int:
         return _missing("train", error)
     except DataError as error:
         return _fail(_without_traceback(error))
-    except (FileExistsError, FloatingPointError, SettingsError) as error:
+    except (FileExistsError, FloatingPointError, RunError, SettingsError) as error:
         return _fail(str(error))
+    except Interrupted as stopped:
+        _fail(str(stopped))
+        return STOPPED
     return 0
 
 

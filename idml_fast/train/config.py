@@ -37,7 +37,7 @@ class DataConfig:
             training image a random part, enlarged or reduced to that size, and half of the time its
             mirror image.
         workers: processes that read image files, in training and in the test; 0: the trainer reads
-            them itself. What is random in training images depends on the number.
+            them itself.
         task: ``retrieval``: some classes are learned, others retrieved; ``classification``, of the
             digits: all ten are learned, and a quarter of the images of each is held out, by the
             seed.
@@ -170,6 +170,10 @@ class RunConfig:
     Args:
         folder: the run is written to ``<folder>/<name>``.
         overwrite: replace a run of another configuration that is already there.
+        checkpoint_every: write a checkpoint every so many steps, besides those after every epoch
+            and at a signal (SIGTERM, SIGINT); 0: only these. The same command goes on from the
+            newest one, and ends as if it had never stopped.
+        keep_checkpoints: how many of each metric are kept; none once the run is finished.
         seed: of the weights, the order of the images and k-means; the same for both metrics.
         mixed_precision: precision of the network; the loss is always computed in float32.
         cpu: stay on the CPU where there is a GPU; it is said and done without asking as long as no
@@ -181,6 +185,8 @@ class RunConfig:
 
     folder: str = "runs"
     overwrite: bool = False
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     cpu: bool = False
@@ -245,12 +251,18 @@ class Config:
             "optim.step": self.optim.step,
             "loss.memory_epoch": self.loss.memory_epoch,
             "mix_alpha": self.mix_alpha,
+            "run.keep_checkpoints": self.run.keep_checkpoints,
             "run.threads": 1 if self.run.threads is None else self.run.threads,
         }
         for name, value in positive.items():
             if not value > 0:
                 raise ValueError(f"{name} must be > 0, got {value}")
-        for name, value in {"run.seed": self.run.seed, "data.workers": self.data.workers}.items():
+        not_negative = {
+            "run.seed": self.run.seed,
+            "run.checkpoint_every": self.run.checkpoint_every,
+            "data.workers": self.data.workers,
+        }
+        for name, value in not_negative.items():
             if value < 0:
                 raise ValueError(f"{name} must be >= 0, got {value}")
         self._check_loss()
@@ -359,10 +371,12 @@ class Config:
     def to_yaml(self) -> str:
         """The configuration as YAML; ``--config`` takes it back.
 
-        ``run.overwrite`` is left out: it is a permission for one command, not a part of the run.
+        ``run.overwrite`` is left out, a permission for one command, and so is how often checkpoints
+        are written and how many are kept: the run is the same whatever they are.
         """
         values = asdict(self)
-        del values["run"]["overwrite"]
+        for name in ("overwrite", "checkpoint_every", "keep_checkpoints"):
+            del values["run"][name]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

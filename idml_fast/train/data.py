@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -160,8 +161,18 @@ def loader(
     """
     workers = config.workers if isinstance(images, Images) else 0
     return DataLoader(
-        images, config.batch_size, num_workers=workers, generator=generator, **options
+        images,
+        config.batch_size,
+        num_workers=workers,
+        generator=generator,
+        worker_init_fn=leave_interrupts,
+        **options,
     )
+
+
+def leave_interrupts(_: int) -> None:
+    """In a process that reads images: Ctrl-C reaches all processes, but it is the trainer's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def batches(images: Dataset, config: DataConfig, **options) -> Iterator[Tensor]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
@@ -36,6 +38,11 @@ class Images(Dataset[tuple[Any, int, int]]):
         listing: of a part of a data set.
         transform: is given the image as ``PIL.Image`` of mode RGB; None: that is what is returned.
         at_least: see `load_image`.
+
+    Attributes:
+        seed: numbers, such as those of a run and of its epoch, that together with its place give
+            what the transform draws of PyTorch's random numbers for an image, whoever reads it and
+            after which other ones; None, as it is at first: they are drawn as they come.
     """
 
     def __init__(
@@ -52,6 +59,7 @@ class Images(Dataset[tuple[Any, int, int]]):
         self.listing = listing
         self.transform = transform
         self.at_least = at_least
+        self.seed: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -64,8 +72,24 @@ class Images(Dataset[tuple[Any, int, int]]):
         """
         image = load_image(self.root / self.listing.paths[index], self.at_least)
         if self.transform is not None:
-            image = self.transform(image)
+            with seeded(self.seed and (*self.seed, index)):
+                image = self.transform(image)
         return image, int(self.listing.labels[index]), index
+
+
+@contextmanager
+def seeded(numbers: tuple[int, ...] | None) -> Iterator[None]:
+    """PyTorch's random numbers on the CPU begin anew, seeded by these, and are then as before.
+
+    None changes nothing.
+    """
+    if numbers is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64).item()
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed a GPU as well
+        yield
 
 
 def load_image(path: str | Path, at_least: int | None = None) -> Image.Image:
