@@ -465,7 +465,7 @@ def test_a_killed_run_leaves_whole_files(tmp_path):
     lines = metrics.read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == list(range(1, len(lines) + 1))
     whole = {path.name for path in metrics.parent.iterdir() if not path.name.startswith(".")}
-    assert whole == {"config.yaml", "metrics.jsonl"}
+    assert whole == {"config.yaml", "metrics.jsonl", "checkpoints"}
     load_config(["--config", str(metrics.parent / "config.yaml")])
 
 

@@ -155,6 +155,19 @@ def test_training_images_vary_and_test_images_do_not(birds):
         torch.testing.assert_close(transform(image), wanted)
 
 
+def test_seeded_images_vary_by_epoch_and_place_alone(birds):
+    train = load_data(tiny(Path(), birds).data).train
+    state = torch.get_rng_state()
+    train.seed = 0, 1
+    first, second = train[3][0], train[4][0]
+    assert torch.equal(train[3][0], first)  # whatever was read before it
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(first, second)
+    for other in ((0, 2), (1, 1)):
+        train.seed = other
+        assert not torch.equal(train[3][0], first)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_in_order_whoever_reads_them(birds, workers):
     config = replace(tiny(Path(), birds).data, workers=workers)
@@ -190,12 +203,14 @@ def test_a_run_writes_its_files_and_learns(finished):
     assert results["introspective"]["unc_alive"] == 1
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_same_seed_gives_the_same_network(birds, tmp_path, workers):
+def test_the_same_seed_gives_the_same_network_whoever_reads_the_images(birds, tmp_path):
     config = tiny(tmp_path, birds, mix="mixup")
-    config = replace(config, data=replace(config.data, workers=workers))
-    one, other = trained(config).state_dict(), trained(config).state_dict()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    one, *others = (
+        trained(replace(config, data=replace(config.data, workers=workers))).state_dict()
+        for workers in (0, 0, 1, 2)
+    )
+    for other in others:
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_report_reads_well(finished, birds):

@@ -172,7 +172,7 @@ class RunConfig:
         overwrite: replace a run of another configuration that is already there.
         checkpoint_every: write a checkpoint every so many steps, besides those after every epoch
             and at a signal (SIGTERM, SIGINT); 0: only these. The same command goes on from the
-            newest one, and ends as if it had never stopped.
+            newest one, and ends as if it had never stopped. Several processes write none.
         keep_checkpoints: how many of each metric are kept; none once the run is finished.
         seed: of the weights, the order of the images and k-means; the same for both metrics.
         mixed_precision: precision of the network; the loss is always computed in float32.

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .. import backend
 from ..metric import Metric
-from .checkpoint import Checkpoints, Interrupted, Training, remove_checkpoints, signals
+from .checkpoint import Checkpoints, Training, remove_checkpoints, signals
 from .config import Config
 from .criterion import Criterion
 from .data import Data, load_data, loader
@@ -78,14 +78,11 @@ def _run(config: Config) -> dict[str, dict[str, float | None]]:
         write_text(config.folder / "metrics.jsonl", "".join(f"{to_json(x)}\n" for x in lines))
 
     for name, metric in config.metrics.items():
+        # Of several processes each has random numbers and a memory bank of its own.
+        alone = accelerator.num_processes == 1
+        checkpoints = Checkpoints(config, data, name) if alone else None
         model, criterion = train(
-            accelerator,
-            config,
-            data,
-            name,
-            metric,
-            on_epoch,
-            checkpoints=Checkpoints(config, data, name),
+            accelerator, config, data, name, metric, on_epoch, checkpoints=checkpoints
         )
         if accelerator.is_main_process:
             epochs = [line for line in lines if line["metric"] == name]
