@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
+# sysexits.h's EX_TEMPFAIL: try again. A run that a signal has ended before its end has this status.
+STOPPED = 75
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status, or exits with usage help.
 
@@ -21,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     commands.add_parser(
         "train",
-        help="train the conventional and the introspective metric, compare them, write a report",
+        help="train the conventional and the introspective metric on digits or on image files, "
+        "compare them, write a report",
         add_help=False,  # its own parser knows its options
     )
     reproduce = commands.add_parser(
@@ -118,13 +123,24 @@ def _add_evaluate(commands: Any) -> None:
 def _train(arguments: list[str]) -> int:
     try:
         from .train import load_config, run
+        from .train.checkpoint import Interrupted
+        from .train.criterion import SettingsError
+        from .train.datasets import DataError
+        from .train.folder import RunError
     except ModuleNotFoundError as error:
         return _missing("train", error)
     config = load_config(arguments)
     try:
         run(config)
-    except (FileExistsError, FloatingPointError) as error:
+    except ModuleNotFoundError as error:
+        return _missing("train", error)
+    except DataError as error:
+        return _fail(_without_traceback(error))
+    except (FileExistsError, FloatingPointError, RunError, SettingsError) as error:
         return _fail(str(error))
+    except Interrupted as stopped:
+        _fail(str(stopped))
+        return STOPPED
     return 0
 
 
@@ -146,6 +162,7 @@ def _reproduce(chosen: argparse.Namespace) -> int:
 def _evaluate(chosen: argparse.Namespace) -> int:
     try:
         from .evaluation.files import FileError
+        from .train.datasets import DataError
         from .train.evaluate import Settings, SettingsError, evaluate_files
         from .train.folder import RunError
     except ModuleNotFoundError as error:
@@ -160,6 +177,10 @@ def _evaluate(chosen: argparse.Namespace) -> int:
             Settings(**{name: getattr(chosen, name) for name in names}),
             chosen.json,
         )
+    except ModuleNotFoundError as error:
+        return _missing("eval", error)
+    except DataError as error:
+        return _fail(_without_traceback(error))
     except (FileError, RunError, SettingsError, OSError) as error:
         return _fail(str(error))
     return 0
@@ -178,10 +199,17 @@ def _report(chosen: argparse.Namespace) -> int:
     return 0
 
 
+def _without_traceback(error: ValueError) -> str:
+    """The sentence of a ``DataError``; one that a worker has raised has its traceback before it."""
+    return str(error).rstrip().rpartition("DataError: ")[2]
+
+
 def _missing(command: str, error: ModuleNotFoundError) -> int:
-    if (error.name or "idml_fast").split(".")[0] == "idml_fast":
+    name = (error.name or "idml_fast").split(".")[0]
+    if name == "idml_fast":
         raise error  # a fault of ours, which no installation mends
-    return _fail(f"idml-fast {command} needs {error.name}: pip install 'idml_fast[train]'")
+    extra = "vision" if name in ("timm", "torchvision") else "train"
+    return _fail(f"idml-fast {command} needs {name}: pip install 'idml_fast[{extra}]'")
 
 
 def _doctor() -> int:

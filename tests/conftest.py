@@ -12,10 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import any_torchvision
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+# No test fetches weights, nor waits until they cannot be had.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Triton's interpreter runs its kernels on the CPU. It is for the whole process, since idml_fast
 # reads this when it is imported, and Triton when it meets a kernel. Where there is a GPU the
@@ -29,6 +33,8 @@ from idml_fast._cpu import tile
 
 import idml_fast
 from idml_fast import Metric
+
+any_torchvision.define_missing_operators()
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -14,6 +14,7 @@ from idml_fast import Metric, backend, cli
 from idml_fast.train import Config, load_config
 from idml_fast.train.config import RECIPES
 
+CUB = "--data.name", "cub", "--data-root", "birds"
 EXTRA = {"accelerate", "jsonargparse", "yaml", "sklearn", "scipy", "matplotlib", "jinja2"}
 EXTRA |= {"safetensors", "tqdm"}
 # As if the extra were not installed: an import of any of it fails as it would then.
@@ -158,6 +159,12 @@ def test_overwrite_is_not_saved():
     assert "overwrite" not in config.to_yaml()
 
 
+def test_short_options():
+    config = load_config([*CUB, "--weights=x.pth", "--model.backbone", "resnet50.tv_in1k"])
+    assert (config.data.name, config.data.root) == ("cub", "birds")
+    assert (config.model.backbone, config.model.weights) == ("resnet50.tv_in1k", "x.pth")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -179,7 +186,21 @@ def test_overwrite_is_not_saved():
         ),
         (["--loss.memory", "-1"], "loss.memory must be >= 0, got -1"),
         (["--loss.memory_epoch", "0"], "loss.memory_epoch must be > 0, got 0"),
-        (["--data.name", "cub"], "data.name must be digits, got cub"),
+        (["--data.name", "mnist"], "data.name must be one of digits, cub, cars, sop, inshop, "),
+        (["--data.name", "cub"], "data.root must be the folder of cub, got null"),
+        (["--data-root", "x"], "data.root must be null for digits, got x"),
+        (["--data.source", "real"], "data.source must be null for digits, got real"),
+        ([*CUB, "--data.target", "real"], "data.target must be null for cub, got real"),
+        ([*CUB, "--data.name", "domains"], "data.source must be a domain of domains, got null"),
+        ([*CUB, "--data.task", "classification"], "data.task must be retrieval for cub"),
+        ([*CUB, "--data.blurred", "0.5"], "data.blurred is only for digits, got 0.5 for cub"),
+        ([*CUB, "--data.train_classes", "[1,2]"], "data.train_classes is only for digits"),
+        ([*CUB, "--data.resize", "200"], "data.resize must be >= data.image_size 224, got 200"),
+        ([*CUB, "--data.image_size", "0"], "data.image_size must be > 0, got 0"),
+        ([*CUB, "--data.workers", "-1"], "data.workers must be >= 0, got -1"),
+        ([*CUB, "--model.pooling", "mean"], "model.pooling"),
+        ([*CUB, "--weights=x.pth"], "model.weights must be null for small, got x.pth"),
+        (["--model.backbone", "resnet50"], "model.backbone must be small for digits, got resnet50"),
         (["--data.task", "classification", "--loss.memory", "9"], "loss.memory must be 0"),
         (["--mix_alpha", "0"], "mix_alpha must be > 0, got 0"),
         (["--loss.proxy_unc", "some"], "proxy_unc"),

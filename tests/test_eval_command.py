@@ -211,7 +211,7 @@ def test_a_network_is_judged_by_the_metric_it_learned(trained, tmp_path, monkeyp
     model, metric = load(path)
     data = load_data(Config().data)
     with torch.no_grad():
-        sem, unc = model(data.test_images)
+        sem, unc = model(data.test.tensors[0])
     found = told(*arguments)
     assert found["metric"]["form"] == metric.form == "cosine"
     wanted = retrieval(sem, data.test_labels, unc=unc, metric=metric).values

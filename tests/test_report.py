@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 pytest.importorskip("jinja2", reason="the extra idml_fast[train] is not installed")
 
@@ -257,7 +258,8 @@ def test_the_same_run_gives_the_same_report(told, text, tmp_path):
 
 def test_colour_images(told, tmp_path):
     config, data, outcomes = told
-    colour = data._replace(test_images=data.test_images.expand(-1, 3, -1, -1))
+    images, labels = data.test.tensors
+    colour = replace(data, test=TensorDataset(images.expand(-1, 3, -1, -1), labels))
     write_report(tmp_path / "colour.html", config, colour, outcomes, seconds=1.0)
     assert Page((tmp_path / "colour.html").read_text("utf-8")).open == []
 

@@ -38,14 +38,14 @@ reproduce = importlib.import_module("idml_fast.train.reproduce")
 
 def changed(data, clean) -> np.ndarray:
     """Which training images differ."""
-    return (data.train_images != clean.train_images).flatten(1).any(dim=1).numpy()
+    return (data.train.tensors[0] != clean.train.tensors[0]).flatten(1).any(dim=1).numpy()
 
 
 def at_severity(data, clean) -> torch.Tensor:  # [5, N]
     """Which training images are those of the other data, blurred at each severity."""
     # A convolution may round otherwise in another batch.
-    blurred = [CORRUPTIONS["blur"](clean.train_images, severity) for severity in range(1, 6)]
-    return ((torch.stack(blurred) - data.train_images).abs() < 1e-5).flatten(2).all(dim=2)
+    blurred = [CORRUPTIONS["blur"](clean.train.tensors[0], severity) for severity in range(1, 6)]
+    return ((torch.stack(blurred) - data.train.tensors[0]).abs() < 1e-5).flatten(2).all(dim=2)
 
 
 @pytest.mark.parametrize("task", ["retrieval", "classification"])
@@ -60,7 +60,8 @@ def test_without_damage_the_data_is_that_of_the_data_set(task):
         )
     data = load_data(DataConfig(task=task), seed=7)
     wanted = images[train], digits.target[train], images[test], digits.target[test]
-    for ours, theirs in zip(data, wanted, strict=True):
+    assert torch.equal(data.test_labels, data.test.tensors[1])
+    for ours, theirs in zip((*data.train.tensors, *data.test.tensors), wanted, strict=True):
         np.testing.assert_array_equal(ours.numpy(), theirs)
 
 
@@ -68,13 +69,13 @@ def test_without_damage_the_data_is_that_of_the_data_set(task):
 @pytest.mark.parametrize("share", [0.001, 0.2, 0.4, 1.0])
 def test_the_shares_are_exact_and_the_test_data_is_spared(task, share):
     clean = load_data(DataConfig(task=task), seed=1)
-    wanted = round(share * len(clean.train_labels))
+    wanted = round(share * len(clean.train.tensors[1]))
     for kind in ("label_noise", "blurred", "mixed"):
         data = load_data(DataConfig(task=task, **{kind: share}), seed=1)
-        labels = (data.train_labels != clean.train_labels).sum()
+        labels = (data.train.tensors[1] != clean.train.tensors[1]).sum()
         assert labels == (wanted if kind == "label_noise" else 0)
         assert changed(data, clean).sum() == (0 if kind == "label_noise" else wanted)
-        assert torch.equal(data.test_images, clean.test_images)
+        assert torch.equal(data.test.tensors[0], clean.test.tensors[0])
         assert torch.equal(data.test_labels, clean.test_labels)
 
 
@@ -83,7 +84,7 @@ def test_a_wrong_label_is_any_other_class():
     clean = load_data(DataConfig(train_classes=[1, 4, 7], test_classes=[0, 2]))
     data = load_data(config)
     for label in range(3):
-        count = data.train_labels[clean.train_labels == label].bincount(minlength=3)
+        count = data.train.tensors[1][clean.train.tensors[1] == label].bincount(minlength=3)
         assert count[label] == 0
         others = count[count > 0].double()
         assert len(others) == 2
@@ -101,13 +102,13 @@ def test_as_many_images_are_blurred_at_each_severity():
 
 def test_a_mixed_image_is_the_mean_of_two_classes_under_the_label_of_the_first():
     clean, data = load_data(DataConfig(), 3), load_data(DataConfig(mixed=0.3), 3)
-    assert torch.equal(data.train_labels, clean.train_labels)
+    assert torch.equal(data.train.tensors[1], clean.train.tensors[1])
     for i in np.flatnonzero(changed(data, clean)):
         # Grey levels are sixteenths: twice the mean is exact.
-        other = 2 * data.train_images[i] - clean.train_images[i]
-        same = (clean.train_images == other).flatten(1).all(dim=1)
+        other = 2 * data.train.tensors[0][i] - clean.train.tensors[0][i]
+        same = (clean.train.tensors[0] == other).flatten(1).all(dim=1)
         assert same.any()
-        assert (clean.train_labels[same] != clean.train_labels[i]).all()
+        assert (clean.train.tensors[1][same] != clean.train.tensors[1][i]).all()
 
 
 def test_mixed_images_are_blurred_afterwards():
@@ -118,11 +119,13 @@ def test_mixed_images_are_blurred_afterwards():
 def test_the_damage_is_that_of_the_seed_and_each_kind_has_its_own():
     config = DataConfig(label_noise=0.4, blurred=0.3, mixed=0.3)
     data, again, other = load_data(config, 0), load_data(config, 0), load_data(config, 1)
-    for ours, same in zip(data, again, strict=True):
-        assert torch.equal(ours, same)
-    assert not torch.equal(data.train_labels, other.train_labels)
-    assert not torch.equal(data.train_images, other.train_images)
-    assert torch.equal(data.train_labels, load_data(DataConfig(label_noise=0.4)).train_labels)
+    for ours, same in ((data.train, again.train), (data.test, again.test)):
+        assert all(map(torch.equal, ours.tensors, same.tensors))
+    assert not torch.equal(data.train.tensors[1], other.train.tensors[1])
+    assert not torch.equal(data.train.tensors[0], other.train.tensors[0])
+    assert torch.equal(
+        data.train.tensors[1], load_data(DataConfig(label_noise=0.4)).train.tensors[1]
+    )
     clean = load_data(DataConfig())
     one = [changed(load_data(DataConfig(**{kind: 0.3})), clean) for kind in ("blurred", "mixed")]
     assert (changed(data, clean) == one[0] | one[1]).all()

@@ -168,7 +168,7 @@ def test_candidates_of_every_kind_of_loss(tmp_path, name):
     model = TwoHeaded(config.model, 1, (8, 8)).eval()
     criterion, images = config.criterion(metric), torch.rand(50, 1, 8, 8)
     with torch.no_grad():
-        found = uncertainties(model, criterion, images, 20)
+        found = uncertainties(model, criterion, images.split(20))
         sem, unc = model(images)
         raw = model.sem(model.features(images))
         assert torch.allclose(found["unc_norm"], unc.norm(dim=1))
@@ -191,7 +191,7 @@ def test_candidates_of_every_kind_of_loss(tmp_path, name):
     wanted = torch.cdist(sem, proxies).amin(dim=1)
     assert torch.allclose(found["proxy_distance"], wanted, atol=1e-5)
     metric = config.metrics["conventional"]
-    assert "unc_norm" not in uncertainties(model, config.criterion(metric), images, 20)
+    assert "unc_norm" not in uncertainties(model, config.criterion(metric), images.split(20))
 
 
 def test_training_goes_through_the_library(tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_training_goes_through_the_library(tmp_path, monkeypatch):
     monkeypatch.setattr(losses._loss, "rowstats", watched)
     config = tiny(tmp_path)
     trained(config, config.metrics["introspective"])
-    steps = -(-len(load_data(config.data).train_images) // config.data.batch_size)
+    steps = -(-len(load_data(config.data).train.tensors[0]) // config.data.batch_size)
     assert seen == [Metric(5.0, 0.0, "cosine")] * (2 * steps)
 
 
@@ -315,7 +315,7 @@ def test_mixed_precision(tmp_path):
     model, _ = train(
         accelerator, config, data, "metric", config.metrics["introspective"], lines.append
     )
-    sem, unc = model(data.test_images[:3])
+    sem, unc = model(data.test.tensors[0][:3])
     AcceleratorState._reset_state()
     assert sem.dtype == unc.dtype == torch.float32  # what the loss is given
     assert torch.equal(unc, unc.bfloat16().float())  # what the network computed in
@@ -346,7 +346,7 @@ def test_an_embedding_depends_on_its_own_image_alone():
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_model_comes_back_bit_for_bit(finished, metric):
     config, _ = finished
-    images = load_data(config.data).test_images
+    images = load_data(config.data).test.tensors[0]
     model, learned = load(config.folder / f"{metric}.safetensors")
     assert learned == (
         config.metrics["introspective"] if metric == "introspective" else Metric.plain("cosine")
@@ -382,20 +382,20 @@ def test_load_refuses_other_files(tmp_path):
 
 def test_digits_are_split_by_class():
     data = load_data(Config().data)
-    assert data.train_images.shape == (901, 1, 8, 8)
-    assert data.test_images.shape == (896, 1, 8, 8)
-    assert data.train_labels.unique().tolist() == [0, 1, 2, 3, 4]
+    assert data.train.tensors[0].shape == (901, 1, 8, 8)
+    assert data.test.tensors[0].shape == (896, 1, 8, 8)
+    assert data.train.tensors[1].unique().tolist() == [0, 1, 2, 3, 4]
     assert data.test_labels.unique().tolist() == [5, 6, 7, 8, 9]
-    assert (data.train_images.min(), data.train_images.max()) == (0, 1)
+    assert (data.train.tensors[0].min(), data.train.tensors[0].max()) == (0, 1)
 
 
 def test_training_labels_count_from_zero():
     config = Config().data
     data = load_data(replace(config, train_classes=[9, 3], test_classes=[1, 2]))
-    assert data.train_labels.unique().tolist() == [0, 1]
+    assert data.train.tensors[1].unique().tolist() == [0, 1]
     assert data.test_labels.unique().tolist() == [1, 2]
     every = load_data(replace(config, train_classes=[3, 9]))
-    assert torch.equal(every.train_images, data.train_images)
+    assert torch.equal(every.train.tensors[0], data.train.tensors[0])
 
 
 def test_the_same_configuration_runs_again(tmp_path):
@@ -465,7 +465,7 @@ def test_a_killed_run_leaves_whole_files(tmp_path):
     lines = metrics.read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == list(range(1, len(lines) + 1))
     whole = {path.name for path in metrics.parent.iterdir() if not path.name.startswith(".")}
-    assert whole == {"config.yaml", "metrics.jsonl"}
+    assert whole == {"config.yaml", "metrics.jsonl", "checkpoints"}
     load_config(["--config", str(metrics.parent / "config.yaml")])
 
 
@@ -582,7 +582,7 @@ def test_a_trained_classifier_comes_back(classified, metric):
     assert head.metric == learned == config.metrics[metric]
     data = load_data(config.data, config.run.seed)
     with torch.no_grad():
-        right = head.logits(model(data.test_images)[0]).argmax(1) == data.test_labels
+        right = head.logits(model(data.test.tensors[0])[0]).argmax(1) == data.test_labels
     assert right.double().mean().item() == results[metric]["top_1"]
 
 
@@ -597,9 +597,9 @@ def test_the_proxies_of_a_run_come_back(finished):
 def test_digits_are_split_within_the_classes_by_seed():
     config = DataConfig(task="classification")
     data, again, other = load_data(config, 0), load_data(config, 0), load_data(config, 1)
-    assert (len(data.train_images), len(data.test_images)) == (1347, 450)
-    assert torch.equal(data.test_images, again.test_images)
-    assert not torch.equal(data.test_images, other.test_images)
+    assert (len(data.train.tensors[0]), len(data.test.tensors[0])) == (1347, 450)
+    assert torch.equal(data.test.tensors[0], again.test.tensors[0])
+    assert not torch.equal(data.test.tensors[0], other.test.tensors[0])
     counts = data.test_labels.bincount()
     assert len(counts) == 10
     assert counts.max() - counts.min() <= 3

@@ -41,6 +41,7 @@ SCALED = 0.05  # the coverage from which on risks are in the picture
 MAPPED = (
     500  # items of a map: more of them hide each other, and take longer than all other pictures
 )
+NAMED = 40  # classes of a map whose names are readable
 DISTINCT = (
     *("#0f6e84", "#c2410c", "#6d4bb0", "#d4a017", "#d6589f"),
     *("#3f9a5f", "#3b6fd4", "#8a5a2b", "#5f6b7a", "#8fb339"),
@@ -142,7 +143,8 @@ def embedding_map(
 ) -> str:
     """The embedding in the plane: t-SNE, a colour for each class, larger where it is uncertain.
 
-    Neighbours stay neighbours; distances between groups, and their sizes, mean nothing.
+    Neighbours stay neighbours; distances between groups, and their sizes, mean nothing. Of up to 40
+    classes the names are written beside them.
 
     Args:
         sem: ``[N, Ds]`` float, at least 3 items. Of more than 500 so many are drawn at random.
@@ -180,7 +182,7 @@ def embedding_map(
     for number in range(len(steps))[::-1]:
         dots = step == number
         axes.scatter(x[dots], y[dots], sizes[number], c=color[dots], alpha=0.65, linewidths=0)
-    for number, name in enumerate(classes):
+    for number, name in enumerate(classes if len(classes) <= NAMED else ()):
         _name_class(axes, str(name), x[label == number], y[label == number], len(classes))
     axes.set(xticks=[], yticks=[], title="The embedding in the plane")
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -234,7 +236,7 @@ def _name_class(
     """The name of a class above its items, without those that are far from most."""
     axes.text(
         *(np.median(x), np.quantile(y, 0.9), name if len(name) <= 12 else f"{name[:11]}…"),
-        fontsize=11 if count <= 10 else 8 if count <= 40 else 6,
+        fontsize=11 if count <= 10 else 8,
         fontweight="bold",
         color="#1b2330",
         ha="center",

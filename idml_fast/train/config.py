@@ -14,8 +14,11 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from ..metric import Metric
 from .criterion import LOSSES, TASKS, Criterion, own_form
+from .datasets import DOMAINS, NAMES
 
 RECIPES = Path(__file__).parent / "recipes"
+SHORT = {"--data-root": "--data.root", "--weights": "--model.weights"}
+OF_DIGITS = "train_classes", "test_classes", "label_noise", "blurred", "mixed"
 
 
 @dataclass
@@ -24,14 +27,27 @@ class DataConfig:
 
     Args:
         name: the data set; ``digits`` is scikit-learn's 1797 handwritten digits of 8 x 8 pixels.
-        task: ``retrieval``: some classes are learned, others retrieved; ``classification``: all ten
-            are learned, and a quarter of the images of each is held out, by the seed.
-        train_classes: classes to train on; for retrieval.
-        test_classes: unseen classes to retrieve among; none of them in ``train_classes``.
+            The others are image files: cub, cars, sop, inshop, domainnet, domains or folder, see
+            `idml_fast.train.datasets.read`.
+        root: the folder of a data set of image files; ``--data-root`` for short.
+        source: the domain to learn from, of domainnet and domains.
+        target: the domain to test with; null: ``source``.
+        resize: the shorter side of a test image, in pixels.
+        image_size: side of the square that a network sees: of a test image the centre, of a
+            training image a random part, enlarged or reduced to that size, and half of the time its
+            mirror image.
+        workers: processes that read image files, in training and in the test; 0: the trainer reads
+            them itself.
+        task: ``retrieval``: some classes are learned, others retrieved; ``classification``, of the
+            digits: all ten are learned, and a quarter of the images of each is held out, by the
+            seed.
+        train_classes: digits to train on; for retrieval.
+        test_classes: unseen digits to retrieve among; none of them in ``train_classes``.
         batch_size: images a step, in every process.
         label_noise: share of the training images whose label is replaced by another class, each of
             the others as likely. Which images are damaged, by this and the two below, is drawn by
-            ``run.seed``, for each kind apart; test images and their labels stay as they are.
+            ``run.seed``, for each kind apart; test images and their labels stay as they are. Only
+            of the digits, as are the two below.
         blurred: share of the training images that are blurred, as many at each of the five
             severities of the evaluation.
         mixed: share of the training images that are ambiguous: the mean of the image and of one of
@@ -39,6 +55,12 @@ class DataConfig:
     """
 
     name: str = "digits"
+    root: str | None = None
+    source: str | None = None
+    target: str | None = None
+    resize: int = 256
+    image_size: int = 224
+    workers: int = 4
     task: Literal["retrieval", "classification"] = "retrieval"
     train_classes: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     test_classes: list[int] = field(default_factory=lambda: [5, 6, 7, 8, 9])
@@ -50,15 +72,30 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """A small ConvNet with two heads.
+    """A network with two linear heads.
 
     Args:
-        width: channels of the first convolution; the last has twice as many.
+        backbone: ``small``, a ConvNet of four layers; or a network of timm, such as
+            ``resnet50.tv_in1k`` (``pip install 'idml_fast[vision]'``).
+        width: channels of the first convolution of ``small``; its last has twice as many.
+        pooling: what the heads are given of timm's feature map: ``avgmax``, the sum of its mean and
+            its maximum over all places; ``avg`` or ``max``, one of them; or ``own``, what the
+            network itself makes of its features, which serves those without such a map too.
+        pretrained: take the weights that timm has for the network, fetched once; false: random.
+        weights: a file with weights of the backbone instead, safetensors or PyTorch's;
+            ``--weights`` for short.
+        freeze_norm: the batch norms of the backbone stay as they are: neither their statistics nor
+            their weights learn. Not for random weights.
         sem_dim: width of the semantic embedding.
         unc_dim: width of the uncertainty embedding.
     """
 
+    backbone: str = "small"
     width: int = 32
+    pooling: Literal["avgmax", "avg", "max", "own"] = "avgmax"
+    pretrained: bool = True
+    weights: str | None = None
+    freeze_norm: bool = True
     sem_dim: int = 512
     unc_dim: int = 64
 
@@ -133,16 +170,23 @@ class RunConfig:
     Args:
         folder: the run is written to ``<folder>/<name>``.
         overwrite: replace a run of another configuration that is already there.
+        checkpoint_every: write a checkpoint every so many steps, besides those after every epoch
+            and at a signal (SIGTERM, SIGINT); 0: only these. The same command goes on from the
+            newest one, and ends as if it had never stopped. Several processes write none.
+        keep_checkpoints: how many of each metric are kept; none once the run is finished.
         seed: of the weights, the order of the images and k-means; the same for both metrics.
         mixed_precision: precision of the network; the loss is always computed in float32.
         cpu: stay on the CPU where there is a GPU; it is said and done without asking as long as no
             kernel of idml_fast serves that GPU.
         threads: of PyTorch on the CPU; the digits are too small to share out, and threads that wait
-            for each other are slow on a busy machine. null leaves PyTorch its choice.
+            for each other are slow on a busy machine. null leaves PyTorch its choice: the better
+            one for anything larger, since what is learned is judged on the CPU.
     """
 
     folder: str = "runs"
     overwrite: bool = False
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     cpu: bool = False
@@ -182,8 +226,8 @@ class Config:
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name must be the name of one folder, got {self.name!r}")
-        if self.data.name != "digits":
-            raise ValueError(f"data.name must be digits, got {self.data.name}")
+        self._check_data()
+        self._check_model()
         for name in ("train_classes", "test_classes"):
             classes = getattr(self.data, name)
             if len(set(classes)) < 2 or not set(classes) <= set(range(10)):
@@ -197,6 +241,7 @@ class Config:
                 raise ValueError(f"data.{name} must be in [0, 1], got {share}")
         positive = {
             "data.batch_size": self.data.batch_size,
+            "data.image_size": self.data.image_size,
             "model.width": self.model.width,
             "model.sem_dim": self.model.sem_dim,
             "model.unc_dim": self.model.unc_dim,
@@ -206,14 +251,59 @@ class Config:
             "optim.step": self.optim.step,
             "loss.memory_epoch": self.loss.memory_epoch,
             "mix_alpha": self.mix_alpha,
+            "run.keep_checkpoints": self.run.keep_checkpoints,
             "run.threads": 1 if self.run.threads is None else self.run.threads,
         }
         for name, value in positive.items():
             if not value > 0:
                 raise ValueError(f"{name} must be > 0, got {value}")
-        if self.run.seed < 0:
-            raise ValueError(f"run.seed must be >= 0, got {self.run.seed}")
+        not_negative = {
+            "run.seed": self.run.seed,
+            "run.checkpoint_every": self.run.checkpoint_every,
+            "data.workers": self.data.workers,
+        }
+        for name, value in not_negative.items():
+            if value < 0:
+                raise ValueError(f"{name} must be >= 0, got {value}")
         self._check_loss()
+
+    def _check_data(self) -> None:
+        """What is given suits the data set, which is not looked at yet."""
+        data = self.data
+        if data.name != "digits" and data.name not in NAMES:
+            names = ", ".join(("digits", *NAMES))
+            raise ValueError(f"data.name must be one of {names}, got {data.name}")
+        for name in ("source", "target"):
+            value = getattr(data, name)
+            if data.name not in DOMAINS and value is not None:
+                raise ValueError(f"data.{name} must be null for {data.name}, got {value}")
+        if data.name == "digits":
+            if data.root is not None:
+                raise ValueError(f"data.root must be null for digits, got {data.root}")
+            return
+        if data.root is None:
+            raise ValueError(f"data.root must be the folder of {data.name}, got null")
+        if data.name in DOMAINS and data.source is None:
+            raise ValueError(f"data.source must be a domain of {data.name}, got null")
+        if data.task != "retrieval":
+            raise ValueError(f"data.task must be retrieval for {data.name}, got {data.task}")
+        default = DataConfig()
+        for name in OF_DIGITS:
+            value = getattr(data, name)
+            if value != getattr(default, name):
+                raise ValueError(f"data.{name} is only for digits, got {value} for {data.name}")
+        if data.resize < data.image_size:
+            raise ValueError(
+                f"data.resize must be >= data.image_size {data.image_size}, got {data.resize}"
+            )
+
+    def _check_model(self) -> None:
+        """The backbone suits the images; whether there is one of that name is timm's to say."""
+        model = self.model
+        if model.backbone != "small" and self.data.name == "digits":
+            raise ValueError(f"model.backbone must be small for digits, got {model.backbone}")
+        if model.backbone == "small" and model.weights is not None:
+            raise ValueError(f"model.weights must be null for small, got {model.weights}")
 
     def _check_loss(self) -> None:
         """Names the loss, and makes it once with each metric: its own checks come before a run."""
@@ -238,9 +328,11 @@ class Config:
             raise ValueError(
                 f"metric.tau must be finite, got {self.metric.tau} (the conventional metric)"
             )
+        # Of image files the number is not yet known: `criterion` checks again.
+        num_classes = self.num_classes or self.loss.options.get("num_classes") or 2
         with torch.device("meta"):  # no memory, and no random numbers
             for metric in self.metrics.values():
-                self.criterion(metric)
+                self.criterion(metric, num_classes)
 
     @property
     def metrics(self) -> dict[str, Metric]:
@@ -252,14 +344,24 @@ class Config:
         }
 
     @property
-    def num_classes(self) -> int:
-        """How many classes are learned."""
+    def num_classes(self) -> int | None:
+        """How many classes are learned; None: the image files will tell."""
+        if self.data.name != "digits":
+            return None
         return 10 if self.data.task == "classification" else len(set(self.data.train_classes))
 
-    def criterion(self, metric: Metric) -> Criterion:
-        """The loss of this run with one of its metrics."""
+    def criterion(self, metric: Metric, num_classes: int | None = None) -> Criterion:
+        """The loss of this run with one of its metrics.
+
+        Args:
+            metric: it compares by.
+            num_classes: how many classes are learned; None: of the digits, as many as there are.
+
+        Raises:
+            SettingsError: ``loss.options`` says another number.
+        """
         widths = self.model.sem_dim, self.model.unc_dim
-        return Criterion(self.loss, metric, self.num_classes, *widths)
+        return Criterion(self.loss, metric, num_classes or self.num_classes, *widths)
 
     @property
     def folder(self) -> Path:
@@ -269,10 +371,12 @@ class Config:
     def to_yaml(self) -> str:
         """The configuration as YAML; ``--config`` takes it back.
 
-        ``run.overwrite`` is left out: it is a permission for one command, not a part of the run.
+        ``run.overwrite`` is left out, a permission for one command, and so is how often checkpoints
+        are written and how many are kept: the run is the same whatever they are.
         """
         values = asdict(self)
-        del values["run"]["overwrite"]
+        for name in ("overwrite", "checkpoint_every", "keep_checkpoints"):
+            del values["run"][name]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -287,11 +391,17 @@ def load_config(arguments: Sequence[str] = (), prog: str = "idml-fast train") ->
         prog: the command to name in the help.
     """
     parser = _parser(prog)
-    parsed = parser.parse_args(list(arguments))
+    parsed = parser.parse_args([_in_full(argument) for argument in arguments])
     try:
         return _config(parser, parsed)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
+
+
+def _in_full(argument: str) -> str:
+    """An option by its whole name, if it is one that has a short name."""
+    name, equals, value = argument.partition("=")
+    return SHORT.get(name, name) + equals + value
 
 
 def config_of(values: dict[str, Any]) -> Config:

@@ -36,6 +36,10 @@ TASKS = {
 }
 
 
+class SettingsError(ValueError):
+    """A setting or an argument does not fit; the message says which, and what would."""
+
+
 def own_form(name: str) -> str:
     """The form of the metric that this loss was defined with."""
     return inspect.signature(LOSSES[name]).parameters["metric"].default.form
@@ -54,7 +58,8 @@ class Criterion(nn.Module):
         unc_dim: Du, the width of the uncertainty embedding.
 
     Raises:
-        TypeError, ValueError: an option is not one of the loss, or does not suit it.
+        SettingsError: an option is not one of the loss.
+        TypeError, ValueError: an option does not suit the loss.
     """
 
     def __init__(
@@ -70,10 +75,10 @@ class Criterion(nn.Module):
         unknown = sorted(options.keys() - wanted)
         if unknown:
             known = f"one of {', '.join(sorted(wanted))}" if wanted else "none at all"
-            raise ValueError(f"loss.options of {config.name} must be {known}, got {unknown[0]}")
+            raise SettingsError(f"loss.options of {config.name} must be {known}, got {unknown[0]}")
         classes = options.get("num_classes")
         if classes not in (None, num_classes):  # found out by a label otherwise, in training
-            raise ValueError(
+            raise SettingsError(
                 f"loss.options.num_classes must be null or {num_classes}, the number of classes "
                 f"that are learned, got {classes}"
             )

@@ -1,51 +1,189 @@
-"""The images of a run, split by class or within the classes, and the damage done to them."""
+"""The images of a run: those of a data set on disk, or the digits, and the damage done to these."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..evaluation import CORRUPTIONS
 from .config import DataConfig
+from .datasets import DataError, Listing, read
+from .images import Images
 
 HELD_OUT = 0.25  # of the images of each class, if all classes are learned
+SAMPLED = 1000  # test images that are damaged to see what becomes of them: two dozen times each
 
 
-class Data(NamedTuple):
-    """Images in [0, 1] and their labels: to learn from, and to be judged by."""
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Images and their labels: to learn from, and to be judged by.
 
-    train_images: Tensor  # [N, channels, height, width] float32
-    train_labels: Tensor  # [N] int64, 0 .. number of classes - 1
-    test_images: Tensor  # [M, channels, height, width] float32
-    test_labels: Tensor  # [M] int64, as the data set counts them
+    An item of ``train``, ``test`` and ``gallery`` begins with an image, ``[channels, height,
+    width]`` float32 in [0, 1], and its label.
+
+    Args:
+        train: what is learned; its labels are 0 .. ``num_classes`` - 1.
+        num_classes: how many classes are learned.
+        test: what is retrieved, or classified.
+        test_labels: ``[M]`` int64, as the data set counts them.
+        gallery: where ``test`` is looked for; None: among the other images of ``test``.
+        gallery_labels: ``[G]`` int64, counted like ``test_labels``.
+        sampled: ``[K]`` int64, in order: the places of those images of ``test`` that are also
+            judged when damaged: all, or `SAMPLED` that are drawn by the seed.
+        classes: names of the classes of ``test_labels``; None: their numbers.
+        unseen: whether none of the classes of ``test`` is learned.
+        remarks: sentences about the data set that whoever reads the results should know.
+    """
+
+    train: Dataset
+    num_classes: int
+    test: Dataset
+    test_labels: Tensor
+    gallery: Dataset | None
+    gallery_labels: Tensor | None
+    sampled: Tensor
+    classes: tuple[str, ...] | None = None
+    unseen: bool = True
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return tuple(self.test[0][0].shape)
+
+    def names(self, labels: Tensor) -> list[str]:
+        """What the classes of these labels of ``test`` or ``gallery`` are called."""
+        numbers = labels.tolist()
+        return [str(x) if self.classes is None else self.classes[x] for x in numbers]
 
 
 def load_data(config: DataConfig, seed: int = 0) -> Data:
-    """The data set of that name; ``digits`` comes with scikit-learn, so nothing is downloaded.
+    """The data set of that name.
 
-    For retrieval it is split zero-shot: no class is on both sides. For classification all classes
-    are, and the seed chooses which of their images are held out. It also chooses which training
-    images are damaged, if the configuration says that some are.
+    Args:
+        config: which one, and where it is.
+        seed: draws what is left to chance: of the digits which are held out and which are damaged,
+            of image files which are looked at when damaged.
+
+    Raises:
+        DataError: the image files are not as they should be.
     """
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float().div(16)[:, None]  # sixteen grey levels
-    labels = torch.from_numpy(digits.target).long()
-    if config.task == "classification":
+    return digits(config, seed) if config.name == "digits" else files(config, seed)
+
+
+def digits(config: DataConfig, seed: int) -> Data:
+    """scikit-learn's handwritten digits; they come with it, so nothing is downloaded.
+
+    For retrieval they are split zero-shot: no class is on both sides. For classification all
+    classes are, and the seed chooses which of their images are held out. It also chooses which
+    training images are damaged, if the configuration says that some are.
+    """
+    found = load_digits()
+    images = torch.from_numpy(found.images).float().div(16)[:, None]  # sixteen grey levels
+    labels = torch.from_numpy(found.target).long()
+    retrieving = config.task == "retrieval"
+    if retrieving:
+        classes = torch.tensor(sorted(set(config.train_classes)))
+        train = torch.isin(labels, classes)
+        test = torch.isin(labels, torch.tensor(config.test_classes))
+    else:
         train, test = train_test_split(
             torch.arange(len(labels)), test_size=HELD_OUT, stratify=labels, random_state=seed
         )
         classes = labels.unique()
-    else:
-        classes = torch.tensor(sorted(set(config.train_classes)))
-        train = torch.isin(labels, classes)
-        test = torch.isin(labels, torch.tensor(config.test_classes))
     learned = torch.searchsorted(classes, labels[train])
-    return Data(*damaged(images[train], learned, config, seed), images[test], labels[test])
+    return Data(
+        TensorDataset(*damaged(images[train], learned, config, seed)),
+        len(classes),
+        TensorDataset(images[test], labels[test]),
+        labels[test],
+        gallery=None,
+        gallery_labels=None,
+        sampled=sample(len(labels[test]), seed),
+        unseen=retrieving,
+    )
+
+
+def files(config: DataConfig, seed: int) -> Data:
+    """A data set of image files, which are read when they are needed."""
+    from .vision import transforms  # torchvision, which the digits do not need
+
+    try:
+        splits = read(config.name, config.root, source=config.source, target=config.target)
+    except DataError:
+        raise
+    except ValueError as error:  # it says which argument, as its own setting is called
+        raise DataError(f"data.{error}") from None
+    varied, plain = transforms(config.resize, config.image_size)
+
+    def judged(listing: Listing) -> tuple[Images, Tensor]:
+        # A JPEG may be decoded at twice the size that is asked for: the resize sees to the rest.
+        images = Images(splits.root, listing, plain, at_least=2 * config.resize)
+        return images, torch.from_numpy(listing.labels)
+
+    return Data(
+        Images(splits.root, splits.train, varied),
+        splits.train.count.classes,
+        *judged(splits.test),
+        *((None, None) if splits.gallery is None else judged(splits.gallery)),
+        sampled=sample(len(splits.test), seed),
+        classes=splits.test.classes,
+        unseen=not set(splits.train.classes) & set(splits.test.classes),
+        remarks=splits.remarks,
+    )
+
+
+def sample(count: int, seed: int) -> Tensor:  # [K]
+    """The places of all, or of `SAMPLED` of them, in order."""
+    if count <= SAMPLED:
+        return torch.arange(count)
+    drawn = np.random.default_rng(seed).choice(count, SAMPLED, replace=False)
+    return torch.from_numpy(np.sort(drawn))
+
+
+def loader(
+    images: Dataset, config: DataConfig, generator: torch.Generator, **options
+) -> DataLoader:
+    """Batches of ``config.batch_size``, read by as many processes as the configuration says.
+
+    Args:
+        images: what is in memory needs no processes.
+        generator: of all that the loader draws, so that it takes no other random numbers.
+        options: of the ``DataLoader``.
+    """
+    workers = config.workers if isinstance(images, Images) else 0
+    return DataLoader(
+        images,
+        config.batch_size,
+        num_workers=workers,
+        generator=generator,
+        worker_init_fn=leave_interrupts,
+        **options,
+    )
+
+
+def leave_interrupts(_: int) -> None:
+    """In a process that reads images: Ctrl-C reaches all processes, but it is the trainer's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def batches(images: Dataset, config: DataConfig, **options) -> Iterator[Tensor]:
+    """The images alone, in order, or as the options of `loader` say."""
+    for batch, *_ in loader(images, config, torch.Generator(), **options):
+        yield batch
+
+
+def in_memory(images: Dataset, config: DataConfig, places: Tensor) -> Tensor:
+    """``[K, channels, height, width]``: the images at these places."""
+    return torch.cat(list(batches(images, config, sampler=places.tolist())))
 
 
 def damaged(

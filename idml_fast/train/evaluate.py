@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +18,11 @@ from .. import _checks
 from ..evaluation import clustering, retrieval, uncertainty_table
 from ..evaluation.files import FileError, Items, check_gallery, metadata, numbered, read_items
 from ..metric import Metric
+from .criterion import SettingsError
 from .data import load_data
 from .folder import read_config, to_json, write_text
 from .model import METADATA, load
-from .outcome import embed
+from .outcome import embed_all
 
 NAMED = 5  # rows and classes that are left out, as far as the table names them
 TITLES = {
@@ -40,10 +42,6 @@ TITLES = {
     "ece_without_unc": "ECE of P(match | D)",
     "brier_without_unc": "Brier of P(match | D)",
 }
-
-
-class SettingsError(ValueError):
-    """An argument of `evaluate_files` does not fit."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def evaluate_files(
     Args:
         files: the queries: ``sem`` and perhaps ``unc``, as for
             `idml_fast.evaluation.files.read_items`; or the network of a run, which then embeds the
-            images that the run kept for its test.
+            images that the run kept for its test, and its gallery if it has one.
         labels: of the queries; None: in the file.
         gallery: what is found, likewise; none: the queries among themselves, each without itself.
         gallery_labels: of the gallery; None: in its file.
@@ -118,6 +116,7 @@ def evaluate_files(
     Raises:
         FileError, SettingsError, idml_fast.train.folder.RunError: what is given cannot be judged;
             the message says why.
+        idml_fast.train.datasets.DataError: the images of a run are not there any more.
     """
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
         raise SettingsError(f"json must be a file in a folder that is there, got {json}")
@@ -126,12 +125,11 @@ def evaluate_files(
     if METADATA in metadata(files[0]):
         if len(files) > 1 or labels is not None or gallery:
             raise SettingsError(
-                f"{files[0]} is a network, which brings its own test images, labels and no gallery"
+                f"{files[0]} is a network, which brings its own test images, labels and gallery"
             )
-        queries, learned = _embedded(files[0])
+        queries, found_in, learned = _embedded(files[0])
     else:
-        queries, learned = read_items(files, labels), Metric()
-    found_in = None
+        queries, found_in, learned = read_items(files, labels), None, Metric()
     if gallery:
         found_in = read_items(gallery, gallery_labels)
         check_gallery(queries, found_in)
@@ -218,8 +216,9 @@ def text_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _embedded(path: Path) -> tuple[Items, Metric]:
-    """The test images of a run, embedded by a network of it, and the metric that this learned."""
+def _embedded(path: Path) -> tuple[Items, Items | None, Metric]:
+    """The test images of a run, embedded by a network of it; likewise its gallery, if it has one;
+    and the metric that the network learned."""
     config = read_config(path.parent)
     try:
         model, metric = load(path)
@@ -227,10 +226,19 @@ def _embedded(path: Path) -> tuple[Items, Metric]:
         why = " ".join(str(error).split())
         raise FileError(f"{path} is a network of another version of idml_fast: {why}") from None
     data = load_data(config.data, config.run.seed)
-    sem, unc = embed(model, data.test_images, config.data.batch_size)
-    unc = unc if metric.reads_unc else None  # else nothing has taught it
-    paths = dict.fromkeys(("sem", "unc", "labels"), path)
-    return Items(sem, unc, data.test_labels.numpy(), paths), metric
+    for remark in data.remarks:
+        print(f"idml-fast: {remark}")
+    embedded = embed_all(model, config, data)
+
+    def items(sem: Tensor, unc: Tensor, labels: Tensor) -> Items:
+        names = labels.numpy() if data.classes is None else np.array(data.names(labels))
+        unc = unc if metric.reads_unc else None  # else nothing has taught it
+        return Items(sem, unc, names, dict.fromkeys(("sem", "unc", "labels"), path))
+
+    queries = items(embedded.sem, embedded.unc, data.test_labels)
+    if data.gallery is None:
+        return queries, None, metric
+    return queries, items(embedded.sem2, embedded.unc2, data.gallery_labels), metric
 
 
 def _check_matches(sides: list[Items], numbers: list[Tensor]) -> None:

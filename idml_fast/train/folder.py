@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,7 @@ FILES = (
     "introspective.safetensors",
     "report.html",
 )
+CHECKPOINTS = "checkpoints"  # the folder of those of a run that is not finished
 
 
 class RunError(ValueError):
@@ -58,9 +60,10 @@ def to_json(value: dict, indent: int | None = None) -> str:
 def open_folder(config: Config) -> Path:
     """Make the run folder, or take over the one that is there, and write ``config.yaml``.
 
-    A folder with a run of the same configuration is trained again, each file staying until its
-    successor is whole: the same seed gives the same run, so nothing is lost. A folder with anything
-    else is refused, unless ``run.overwrite`` says that its run is to be removed.
+    A run of the same configuration that has checkpoints is not finished: it goes on from them. One
+    without is trained again, each file staying until its successor is whole: the same seed gives
+    the same run, so nothing is lost. A folder with anything else is refused, unless
+    ``run.overwrite`` says that its run is to be removed.
 
     Raises:
         FileExistsError: the folder holds another run, or something that is no run.
@@ -75,6 +78,7 @@ def open_folder(config: Config) -> Path:
             )
         for name in FILES:
             (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", config.to_yaml())
     return folder
@@ -88,6 +92,13 @@ def other_run(config: Config) -> str | None:
     before = yaml.safe_load(there.read_text("utf-8")) if there.is_file() else None
     now = yaml.safe_load(config.to_yaml())
     return None if before == now else difference(before, now)
+
+
+def described(config: Config) -> dict[str, Any]:
+    """What a run depends on: all but the folder, which may be moved."""
+    values = yaml.safe_load(config.to_yaml())
+    del values["run"]["folder"]
+    return values
 
 
 def difference(before: Any, now: dict) -> str:

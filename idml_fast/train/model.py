@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +23,31 @@ METADATA = "idml_fast"  # the entry of a model file that says how to build its n
 
 
 class TwoHeaded(nn.Module):
-    """A small ConvNet with a semantic head and an uncertainty head.
+    """A backbone with a semantic head and an uncertainty head.
 
     The semantic embedding is L2-normalised. The uncertainty embedding is not: of constant length it
     would get no gradient from the loss and mean nothing.
 
     Args:
-        config: the widths.
+        config: the backbone and the widths.
         channels: of the images.
         size: height and width of the images, in pixels.
+
+    Raises:
+        SettingsError: timm has no such backbone for such images, or its weights cannot be had.
     """
 
     def __init__(self, config: ModelConfig, channels: int, size: Sequence[int]) -> None:
         super().__init__()
         self.config, self.channels, self.size = config, channels, tuple(size)
-        narrow, wide = config.width, 2 * config.width
-        self.trunk = nn.Sequential(
-            *_convolution(channels, narrow),
-            *_convolution(narrow, narrow),
-            nn.MaxPool2d(2),
-            *_convolution(narrow, wide),
-            nn.MaxPool2d(2),
-            *_convolution(wide, wide),
-            nn.Flatten(),
-        )
-        features = wide * (size[0] // 4) * (size[1] // 4)
+        if config.backbone == "small":
+            self.trunk = _small(config.width, channels)
+            features = 2 * config.width * (size[0] // 4) * (size[1] // 4)
+        else:
+            from .vision import Backbone  # timm, which the digits do not need
+
+            self.trunk = Backbone(config, channels, size)
+            features = self.trunk.width
         self.sem = nn.Linear(features, config.sem_dim)
         self.unc = nn.Linear(features, config.unc_dim)
 
@@ -68,6 +68,19 @@ class TwoHeaded(nn.Module):
         return self.trunk(images)
 
 
+def _small(width: int, channels: int) -> nn.Sequential:
+    narrow, wide = width, 2 * width
+    return nn.Sequential(
+        *_convolution(channels, narrow),
+        *_convolution(narrow, narrow),
+        nn.MaxPool2d(2),
+        *_convolution(narrow, wide),
+        nn.MaxPool2d(2),
+        *_convolution(wide, wide),
+        nn.Flatten(),
+    )
+
+
 def _convolution(channels: int, out: int) -> tuple[nn.Module, ...]:
     # Group norm: no batch statistics, so an image's embedding depends on that image alone.
     groups = next(n for n in (4, 2, 1) if out % n == 0)
@@ -75,7 +88,8 @@ def _convolution(channels: int, out: int) -> tuple[nn.Module, ...]:
 
 
 def save(model: TwoHeaded, criterion: Criterion, path: Path) -> None:
-    """Write the model as safetensors, with the metric and the widths in the file's metadata.
+    """Write the model as safetensors, with the metric and the network's configuration in the file's
+    metadata.
 
     What the loss has learned and remembers is in the file too, its names beginning with ``loss.``
     and ``bank.``: `load_loss` finds it there.
@@ -111,6 +125,8 @@ def load(path: str | Path) -> tuple[TwoHeaded, Metric]:
     """
     described, state = _read(path)
     config = ModelConfig(**described["model"].pop("config"))
+    # All weights are in this file: nothing is to be fetched, nor read from another one.
+    config = replace(config, pretrained=False, weights=None)
     model = TwoHeaded(config, **described["model"])
     model.load_state_dict({name: state[name] for name in model.state_dict()})
     return model.eval(), Metric(**described["metric"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +30,7 @@ from ..metric import Metric
 from ..pairwise import pairwise
 from .config import Config
 from .criterion import Criterion
-from .data import Data
+from .data import Data, batches, in_memory
 from .model import TwoHeaded
 
 # The numbers of a task, and their short names.
@@ -47,6 +50,7 @@ JUDGED = {"retrieval": ("recall_at_1", "map_at_r"), "classification": ("top_1",)
 BASELINES = ("sem_norm", "mc_dropout")
 # Of the bootstrap and of MC-dropout: fewer than by default, since a run is not to wait for them.
 RESAMPLES, PASSES = 200, 10
+BLOCK = 2**26  # bytes of images that are damaged together
 
 
 @dataclass
@@ -59,10 +63,15 @@ class Outcome:
         results: the numbers of the table; None for what a metric without uncertainty lacks.
         sem: ``[M, Ds]`` on the CPU.
         unc: ``[M, Du]`` on the CPU.
-        norms: ``||u||`` by corruption, ``[6, M]`` each; empty if the metric does not read ``unc``.
+        norms: ``||u||`` by corruption, ``[6, K]`` each, of the images of ``data.sampled``; empty if
+            the metric does not read ``unc``.
         uncertainties: ``[M]`` by candidate, see `uncertainties`.
         wrong: ``[M]`` bool, whether the nearest image (or the class) is wrong.
         table: what the uncertainties know.
+        sem2: ``[G, Ds]`` on the CPU, of the gallery; None: there is none.
+        unc2: ``[G, Du]`` on the CPU, likewise.
+        matched: ``[M]`` bool, whether there is another image of its class; None: nothing is
+            retrieved.
     """
 
     metric: Metric
@@ -74,30 +83,47 @@ class Outcome:
     uncertainties: dict[str, Tensor]
     wrong: Tensor
     table: UncertaintyTable
+    sem2: Tensor | None = None
+    unc2: Tensor | None = None
+    matched: Tensor | None = None
+
+
+class Embedded(NamedTuple):
+    """The test images as a network has embedded them, on the CPU."""
+
+    sem: Tensor  # [M, Ds]
+    unc: Tensor  # [M, Du]
+    sem2: Tensor | None = None  # [G, Ds], of the gallery
+    unc2: Tensor | None = None  # [G, Du]
+
+
+def embed_all(model: TwoHeaded, config: Config, data: Data) -> Embedded:
+    """The test images, and those of the gallery if there is one."""
+    parts = [x for x in (data.test, data.gallery) if x is not None]
+    found = [embed(model, batches(part, config.data)) for part in parts]
+    return Embedded(*(x for pair in found for x in pair))
 
 
 @torch.no_grad()
 def embed(
     model: TwoHeaded,
-    images: Tensor,  # [M, channels, height, width]
-    batch_size: int,
+    images: Iterable[Tensor],  # [n, channels, height, width] each
 ) -> tuple[Tensor, Tensor]:
-    """``(sem [M, Ds], unc [M, Du])`` on the CPU, computed batch by batch in evaluation mode."""
+    """``(sem [M, Ds], unc [M, Du])`` on the CPU of batches of images, in evaluation mode."""
     model.eval()
     device = next(model.parameters()).device
-    parts = [model(batch.to(device)) for batch in images.split(batch_size)]
+    parts = [[x.cpu() for x in model(batch.to(device))] for batch in images]
     sem, unc = zip(*parts, strict=True)
-    return torch.cat(sem).cpu(), torch.cat(unc).cpu()
+    return torch.cat(sem), torch.cat(unc)
 
 
 @torch.no_grad()
 def uncertainties(
     model: TwoHeaded,
     criterion: Criterion,
-    images: Tensor,  # [M, channels, height, width]
-    batch_size: int,
+    images: Iterable[Tensor],  # [n, channels, height, width] each
 ) -> dict[str, Tensor]:
-    """``[M]`` on the CPU for each candidate, larger for a less certain image.
+    """``[M]`` on the CPU for each candidate, larger for a less certain image; of batches of images.
 
     ``unc_norm`` is ``||u||``, if the metric reads it; the others are its baselines. Those of a
     loss with proxies ask the proxies as that loss does, without uncertainties: scaled by its own
@@ -105,7 +131,7 @@ def uncertainties(
     """
     model.eval()
     device = next(model.parameters()).device
-    parts = [_uncertainties(model, criterion, x.to(device)) for x in images.split(batch_size)]
+    parts = [_uncertainties(model, criterion, batch.to(device)) for batch in images]
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
 
@@ -138,17 +164,22 @@ def _logits(loss: ProxyLoss, sem: Tensor, proxies: Tensor) -> Tensor:
 
 
 def record(model: TwoHeaded, criterion: Criterion, config: Config, data: Data) -> dict:
-    """What is worth a line after every epoch: how good unseen images come out, and ``||u||``."""
-    sem, unc = embed(model, data.test_images, config.data.batch_size)
+    """What is worth a line after every epoch: see `quality`."""
+    return quality(embed_all(model, config, data), criterion, config, data)
+
+
+def quality(embedded: Embedded, criterion: Criterion, config: Config, data: Data) -> dict:
+    """How good unseen images come out, and ``||u||``."""
+    sem, unc, sem2, _ = embedded
     if config.data.task == "classification":
         right = criterion.predict(sem) == data.test_labels
-        quality = {"top_1": right.double().mean().item()}
+        found = {"top_1": right.double().mean().item()}
     else:
-        values = retrieval(sem, data.test_labels).values
-        quality = {name: x for name, x in values.items() if not name.startswith("precision")}
+        values = retrieval(sem, data.test_labels, sem2, data.gallery_labels).values
+        found = {name: x for name, x in values.items() if not name.startswith("precision")}
     norm = unc.norm(dim=1) if criterion.loss.metric.reads_unc else None
     return {
-        **quality,
+        **found,
         "unc_norm_mean": None if norm is None else norm.mean().item(),
         "unc_norm_std": None if norm is None else norm.std().item(),
     }
@@ -160,30 +191,35 @@ def evaluate(
     """The trained network's outcome: its last epoch, clustering, and its uncertainty if it has one.
 
     Retrieval, clustering and classification use the semantic embedding alone, as the paper does.
+    What becomes of damaged and of foreign images is measured with those of ``data.sampled``.
     """
-    metric, batch_size = criterion.loss.metric, config.data.batch_size
-    images, labels = data.test_images, data.test_labels
-    sem, unc = embed(model, images, batch_size)
-
-    def measure(images: Tensor) -> dict[str, Tensor]:
-        return uncertainties(model, criterion, images, batch_size)
-
-    damaged = corrupted(measure, images)
-    results = record(model, criterion, config, data)
-    retrieving = config.data.task == "retrieval"
-    if retrieving:
+    metric, labels, labels2 = criterion.loss.metric, data.test_labels, data.gallery_labels
+    embedded = embed_all(model, config, data)
+    sem, unc, sem2, unc2 = embedded
+    results = quality(embedded, criterion, config, data)
+    if config.data.task == "retrieval":
         results |= clustering(sem, labels, seed=config.run.seed, starts=4)
-        wrong, _ = wrong_answers(sem, labels)
+        wrong, matched = wrong_answers(sem, labels, sem2, labels2)
     else:
-        wrong = criterion.predict(sem) != labels
-    found = {name: kinds["blur"][0] for name, kinds in damaged.items()}  # 0: the clean images
+        wrong, matched = criterion.predict(sem) != labels, None
+    found, others = (
+        None if part is None else uncertainties(model, criterion, batches(part, config.data))
+        for part in (data.test, data.gallery)
+    )
+    damaged, foreign = made_worse(model, criterion, config, data)
+    # Of a pair both embeddings count, not only how long they are.
+    whole = {"unc_norm": unc} if metric.reads_unc else {}
+    whole2 = {"unc_norm": unc2} if metric.reads_unc else {}
     table = uncertainty_table(
-        found | ({"unc_norm": unc} if metric.reads_unc else {}),
+        found | whole,
         sem,
         labels,
-        wrong=None if retrieving else wrong,
+        sem2,
+        labels2,
+        None if others is None else others | whole2,
+        wrong=None if matched is not None else wrong,
         corrupted=damaged,
-        outside=measure(shuffled(images)),
+        outside=foreign,
         resamples=RESAMPLES,
         seed=config.run.seed,
     )
@@ -200,4 +236,31 @@ def evaluate(
         **{f"{name}_distance": number.value for name, number in table.distance.items()},
         **{f"error_auroc_{name}": table.rows[name]["error_auroc"].value for name in BASELINES},
     }
-    return Outcome(metric, epochs, results, sem, unc, norms, found, wrong, table)
+    shown = sem, unc, norms, found, wrong, table
+    return Outcome(metric, epochs, results, *shown, sem2=sem2, unc2=unc2, matched=matched)
+
+
+def made_worse(
+    model: TwoHeaded, criterion: Criterion, config: Config, data: Data
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """`uncertainties` of the images of ``data.sampled``: ``[6, K]`` by candidate and corruption, as
+    `corrupted` gives them, and ``[K]`` by candidate once they are `shuffled`.
+
+    A block of images at a time; what a corruption draws at random is the same in each.
+    """
+    device = next(model.parameters()).device  # a GPU damages images faster, too
+    size = max(1, BLOCK // (4 * math.prod(data.shape)))
+    parts, foreign = [], []
+
+    def measure(images: Tensor) -> dict[str, Tensor]:
+        return uncertainties(model, criterion, images.split(config.data.batch_size))
+
+    for places in data.sampled.split(size):
+        images = in_memory(data.test, config.data, places).to(device)
+        parts.append(corrupted(measure, images))
+        foreign.append(measure(shuffled(images)))
+    damaged = {
+        name: {kind: torch.cat([part[name][kind] for part in parts], dim=1) for kind in kinds}
+        for name, kinds in parts[0].items()
+    }
+    return damaged, {name: torch.cat([part[name] for part in foreign]) for name in foreign[0]}

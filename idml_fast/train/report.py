@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib import rc_context
 from matplotlib.image import imsave
 from torch import Tensor
@@ -31,12 +32,15 @@ from ..evaluation.pictures import COLORS, STYLE, data_uri, drawing, in_percent, 
 from ..metric import Metric
 from ..nearest import nearest
 from .config import Config
-from .data import Data
+from .data import Data, in_memory
 from .folder import write_text
 from .outcome import JUDGED, QUALITIES, Outcome
 
 if TYPE_CHECKING:
     from .reproduce import Comparison
+
+THUMBNAIL = 96  # pixels of a side, at most: some 150 images are shown
+DRAWN = 1000  # points of a curve, at most
 
 Form = Callable[[float], str]
 PERCENT, NORM, RANK = "{:.1%}".format, "{:.3g}".format, "{:+.2f}".format
@@ -183,8 +187,11 @@ def write_report(
     shown = outcomes["introspective"]
     quality, title, pixels = "top_1", "Top-1 accuracy of unseen images", None
     if config.data.task == "retrieval":
-        quality, title = "recall_at_1", "Recall@1 among unseen classes"
-        pixels = retrieval(data.test_images.flatten(1), data.test_labels).values["recall_at_1"]
+        quality = "recall_at_1"
+        title = "Recall@1 among unseen classes" if data.unseen else "Recall@1"
+        if data.gallery is None and len(data.sampled) == len(data.test_labels):
+            images = in_memory(data.test, config.data, data.sampled)  # of fewer it would be easier
+            pixels = retrieval(images.flatten(1), data.test_labels).values["recall_at_1"]
     with rc_context(STYLE):
         page = render(
             "report.html.j2",
@@ -205,7 +212,7 @@ def write_report(
             reliability_figure=_reliability(shown, data, config.run.seed),
             queries=_queries(shown, data),
             map_figure=pictures.embedding_map(
-                shown.sem, data.test_labels, shown.unc.norm(dim=1), config.run.seed
+                shown.sem, data.names(data.test_labels), shown.unc.norm(dim=1), config.run.seed
             ),
             extremes=_extremes(shown, data),
             corruptions=_corruptions(shown, data),
@@ -314,8 +321,11 @@ def _curves(outcomes: dict[str, Outcome], name: str, label: str) -> str:
 
 def _risks(outcome: Outcome) -> str:
     """How many answers are wrong among the most certain, by every candidate of the run."""
+    matched = slice(None) if outcome.matched is None else outcome.matched
+    wrong = outcome.wrong[matched]
+    step = -(-len(wrong) // DRAWN)
     curves = {
-        CANDIDATES[name]: risk_coverage(uncertainty, outcome.wrong)
+        CANDIDATES[name]: [x[::step] for x in risk_coverage(uncertainty[matched], wrong)]
         for name, uncertainty in outcome.uncertainties.items()
     }
     coverage, _ = next(iter(curves.values()))
@@ -324,9 +334,10 @@ def _risks(outcome: Outcome) -> str:
 
 def _reliability(outcome: Outcome, data: Data, seed: int) -> str:
     """The forecasts that the table judges: of the same pairs, by the same models."""
-    pairs = sampled_pairs(outcome.sem, data.test_labels, seed=seed)
+    gallery = outcome.sem2, data.gallery_labels
+    pairs = sampled_pairs(outcome.sem, data.test_labels, *gallery, seed=seed)
     features = {
-        "by D and β": (pairs.distance, pair_uncertainty(pairs, outcome.unc)),
+        "by D and β": (pairs.distance, pair_uncertainty(pairs, outcome.unc, outcome.unc2)),
         "by D alone": (pairs.distance,),
     }
     return pictures.reliability(
@@ -343,17 +354,25 @@ def _reliability(outcome: Outcome, data: Data, seed: int) -> str:
 def _queries(outcome: Outcome, data: Data) -> list[dict[str, list[dict]]]:
     """Queries with their five nearest, from most to least certain: of all the first and the last,
     and of those that are answered wrongly the first."""
-    k = min(5, len(outcome.sem) - 1)
-    _, columns = nearest(outcome.sem, None, k=k, metric=Metric.plain(), exclude_self=True)
-    right = data.test_labels[columns] == data.test_labels[:, None]
+    itself = data.gallery is None
+    labels2 = data.test_labels if itself else data.gallery_labels
+    k = min(5, len(labels2) - int(itself))
+    _, columns = nearest(
+        outcome.sem, None, outcome.sem2, k=k, metric=Metric.plain(), exclude_self=itself
+    )
+    right = labels2[columns] == data.test_labels[:, None]
     order = outcome.unc.norm(dim=1).argsort().tolist()
-    wrong = [query for query in order if outcome.wrong[query]]
+    hopeless = torch.zeros_like(outcome.wrong) if outcome.matched is None else ~outcome.matched
+    wrong = [query for query in order if outcome.wrong[query] and not hopeless[query]]
 
     def row(query: int) -> dict:
         found = zip(columns[query].tolist(), right[query].tolist(), strict=True)
         return {
             "query": _item(outcome, data, query),
-            "found": [_item(outcome, data, column) | {"right": ok} for column, ok in found],
+            "found": [
+                _item(outcome, data, column, gallery=not itself) | {"right": ok}
+                for column, ok in found
+            ],
         }
 
     mistakes = f"{len(wrong[:8])} of {len(wrong)}" if wrong else "none"
@@ -375,18 +394,23 @@ def _extremes(outcome: Outcome, data: Data) -> dict[str, list[dict]]:
     }
 
 
-def _item(outcome: Outcome, data: Data, index: int) -> dict:
+def _item(outcome: Outcome, data: Data, index: int, gallery: bool = False) -> dict:
+    images, labels, unc = data.test, data.test_labels, outcome.unc
+    if gallery:
+        images, labels, unc = data.gallery, data.gallery_labels, outcome.unc2
     return {
-        "src": _png(data.test_images[index]),
-        "label": data.test_labels[index].item(),
-        "norm": outcome.unc[index].norm().item(),
+        "src": _picture(images[index][0]),
+        "label": data.names(labels[index : index + 1])[0],
+        "norm": unc[index].norm().item(),
     }
 
 
 def _corruptions(outcome: Outcome, data: Data) -> list[dict]:
-    """For every corruption: ``||u||`` over severity, and what it does to one image."""
-    norm = outcome.unc.norm(dim=1)
-    typical = norm.sort().indices[len(norm) // 2].item()
+    """For every corruption: ``||u||`` over severity, and what it does to one image, alone: what it
+    draws at random is drawn for this image anew."""
+    norm = outcome.unc[data.sampled].norm(dim=1)
+    typical = data.sampled[norm.sort().indices[len(norm) // 2]].item()
+    image = data.test[typical][0][None]
     found = []
     for name, norms in outcome.norms.items():
         figure, axes = drawing(3.6, 2.6)
@@ -397,14 +421,13 @@ def _corruptions(outcome: Outcome, data: Data) -> list[dict]:
         axes.plot(severity, median, color=color, marker="o", markersize=4)
         axes.set(xlabel="severity", ylabel="‖u‖")
         axes.grid(axis="y")
-        # The draws of a corruption depend on the whole batch: corrupt all, show one.
-        damaged = [CORRUPTIONS[name](data.test_images, step)[typical] for step in severity]
+        damaged = [CORRUPTIONS[name](image, step)[0] for step in severity]
         found.append(
             {
                 "name": name,
                 "spearman": cell(outcome.results[f"spearman_{name}"], RANK),
                 "figure": svg(figure),
-                "strip": [_png(image) for image in damaged],
+                "strip": [_picture(image) for image in damaged],
             }
         )
     return found
@@ -450,10 +473,18 @@ def _surface(
     return svg(figure)
 
 
-def _png(
+def _picture(
     image: Tensor,  # [channels, height, width] in [0, 1]
 ) -> str:
+    """A small image as it is, a larger one as a small photograph."""
     buffer = BytesIO()
-    pixels = image[0] if len(image) == 1 else image.movedim(0, 2)
-    imsave(buffer, pixels.numpy(), cmap="gray", vmin=0, vmax=1, metadata={"Software": None})
+    larger = max(image.shape[1:]) / THUMBNAIL
+    if larger > 1:
+        side = [round(x / larger) for x in image.shape[1:]]
+        image = F.interpolate(image[None], side, mode="bilinear", antialias=True)[0].clamp(0, 1)
+    pixels = (image[0] if len(image) == 1 else image.movedim(0, 2)).numpy()
+    if larger > 1:
+        imsave(buffer, pixels, cmap="gray", vmin=0, vmax=1, format="jpeg")
+        return data_uri("image/jpeg", buffer.getvalue())
+    imsave(buffer, pixels, cmap="gray", vmin=0, vmax=1, metadata={"Software": None})
     return data_uri("image/png", buffer.getvalue())

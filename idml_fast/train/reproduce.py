@@ -19,8 +19,9 @@ from scipy.stats import t as student_t
 from tqdm import tqdm
 
 from .config import RECIPES, Config, config_of
+from .criterion import SettingsError
 from .data import load_data
-from .folder import difference, to_json, write_text
+from .folder import described, difference, to_json, write_text
 from .loop import train
 from .outcome import JUDGED, QUALITIES, evaluate
 from .report import write_comparison
@@ -56,10 +57,6 @@ NUMBERS = (
 PAPER = Path(__file__).parent / "paper.csv"
 Run = tuple[str, str, int]  # the row, with which metric, the seed
 Results = dict[str, float | None]  # the numbers of a run; None for what its metric lacks
-
-
-class SettingsError(ValueError):
-    """An argument of `reproduce` does not fit."""
 
 
 @dataclass(frozen=True)
@@ -392,13 +389,6 @@ def run_one(config: Config, metric: str) -> Results:
 def path_of(folder: Path, name: str, metric: str, seed: int) -> Path:
     """The file of one run."""
     return folder / name / f"{metric}-{seed}.json"
-
-
-def described(config: Config) -> dict[str, Any]:
-    """What a run depends on: all but the folder, which may be moved."""
-    values = yaml.safe_load(config.to_yaml())
-    del values["run"]["folder"]
-    return values
 
 
 def read(path: Path, config: Config) -> Results | None:
