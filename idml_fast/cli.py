@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-
 # sysexits.h's EX_TEMPFAIL: try again. A run that a signal has ended before its end has this status.
 STOPPED = 75
 
