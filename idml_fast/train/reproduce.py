@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
 from scipy.stats import t as student_t
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from .data import load_data
 from .folder import described, difference, to_json, write_text
 from .loop import train
 from .outcome import JUDGED, QUALITIES, evaluate
+from .processes import Processes, accelerator_of
 from .report import write_comparison
 
 PREFIX = "reproduce_"  # of a recipe's file
@@ -375,13 +375,12 @@ def run_one(config: Config, metric: str) -> Results:
     threads = torch.get_num_threads()
     torch.set_num_threads(config.run.threads or threads)
     try:
-        accelerator = Accelerator(mixed_precision=config.run.mixed_precision, cpu=config.run.cpu)
+        processes = Processes(accelerator_of(config))
         data = load_data(config.data, config.run.seed)
         lines: list[dict[str, Any]] = []
-        trained = train(
-            accelerator, config, data, metric, config.metrics[metric], lines.append, watch=False
-        )
-        return evaluate(*trained, config, data, lines).results
+        learned = config.metrics[metric]
+        trained = train(processes, config, data, metric, learned, lines.append, watch=False)
+        return evaluate(*trained, config, data, lines, processes).results
     finally:
         torch.set_num_threads(threads)
 
