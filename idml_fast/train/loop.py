@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..metric import Metric
 from .checkpoint import Checkpoints, Training, remove_checkpoints, signals
@@ -25,7 +24,7 @@ from .mixing import mix
 from .model import TwoHeaded, save
 from .optim import adamw
 from .outcome import Outcome, evaluate, record
-from .processes import Processes, accelerator_of
+from .processes import Processes, accelerator_of, learning_norms
 from .report import text_table, uncertainty_text, write_report
 from .tracking import Progress, log, tracked
 
@@ -139,8 +138,6 @@ def train(
     accelerator, run = processes.accelerator, config.run
     set_seed(run.seed)
     model, criterion = build(config, data, metric)
-    if processes.count > 1:  # of batch norms that learn; others have none
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     criterion.to(processes.device)
     optimizer, schedule = adamw(config.optim, model, criterion)
     order = torch.Generator().manual_seed(run.seed)
@@ -148,7 +145,7 @@ def train(
     batches = loader(data.train, config.data, batch_sampler=sampler, generator=order)
     draws = np.random.default_rng(run.seed)
     # Every process has the same loss, of the same batch: there is nothing to reduce.
-    network, optimizer = accelerator.prepare(model, optimizer)
+    network, optimizer = processes.prepare(model, optimizer)
     # The conventional metric gives the uncertainty head nothing to learn from.
     heads = (model.sem, model.unc) if metric.reads_unc else (model.sem,)
     parameters = [*network.parameters(), *criterion.parameters()]
@@ -239,8 +236,7 @@ def check(config: Config, data: Data, processes: Processes) -> None:
             f"data.batch_size must be at least the number of processes, {processes.count}, "
             f"got {config.data.batch_size}"
         )
-    model.train()
-    if not any(isinstance(part, _BatchNorm) and part.training for part in model.modules()):
+    if not any(learning_norms(model)):
         return
     learn = f"the batch norms of {config.model.backbone} learn (model.freeze_norm false)"
     if config.optim.accumulation > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,8 +13,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from .. import backend
 from .config import Config
@@ -71,8 +76,21 @@ class Processes:
         self.accelerator = accelerator
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
-        # For what is decided on the CPU: a GPU need not catch up for it.
-        self._on_cpu = dist.new_group(backend="gloo") if self.count > 1 else None
+        if self.count > 1:
+            # For what is decided on the CPU: a GPU need not catch up for it.
+            self._on_cpu = dist.new_group(backend="gloo")
+            atexit.register(leave)
+
+    def prepare(
+        self, model: nn.Module, optimizer: Optimizer
+    ) -> tuple[nn.Module, AcceleratedOptimizer]:
+        """The network as it learns in these processes, and its optimiser."""
+        if self.count > 1 and any(learning_norms(model)):
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        with warnings.catch_warnings():
+            # torch 2.13 has another name for it, which accelerate does not know.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            return self.accelerator.prepare(model, optimizer)
 
     def share(self, total: int) -> Tensor:  # [ceil(total / count)]
         """The numbers of this process' rows of ``total``.
@@ -152,6 +170,18 @@ class Processes:
                 f"{what} must be the same in all processes, got others: they run on different "
                 "hardware or versions"
             )
+
+
+def leave() -> None:
+    """The processes part: one that ends without it may abort."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def learning_norms(model: nn.Module) -> Iterator[_BatchNorm]:
+    """The batch norms that take their statistics from what they are given in training."""
+    model.train()
+    return (part for part in model.modules() if isinstance(part, _BatchNorm) and part.training)
 
 
 class _Together(torch.autograd.Function):
