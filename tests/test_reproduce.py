@@ -193,7 +193,10 @@ def test_a_file_that_is_no_run_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "mnist"], "dataset must be digits alone, or different ones of cub, cars, sop, got mnist"),
+        (
+            ["--dataset", "mnist"],
+            "dataset must be digits alone, or different ones of cub, cars, sop, got mnist",
+        ),
         (["--losses", "arcface"], "losses must be different ones of proxy_anchor, proxy_nca"),
         (["--losses", "nca", "nca"], "got ['nca', 'nca']"),
         (["--seeds", "1", "1"], "seeds must be different numbers >= 0, got [1, 1]"),
@@ -225,6 +228,7 @@ def test_the_command_hands_its_arguments_on(monkeypatch):
         "seeds": [4, 5],
         "epochs": 3,
         "folder": "there",
+        "settings": [],
     }
 
 
