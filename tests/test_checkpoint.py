@@ -30,6 +30,7 @@ from idml_fast.train.data import load_data
 from idml_fast.train.folder import FILES, RunError, open_folder
 from idml_fast.train.images import Images
 from idml_fast.train.loop import train
+from idml_fast.train.processes import Processes
 
 METRIC = "introspective"
 STEPS, EPOCHS = 4, 3  # of the runs below: steps an epoch, epochs of a metric
@@ -121,15 +122,16 @@ def trained(config: Config) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """All that a metric has learned, with its loss and bank, and the records of its epochs."""
     open_folder(config)
     data, lines = load_data(config.data, config.run.seed), []
+    processes = Processes(Accelerator(cpu=True))
     model, criterion = train(
-        Accelerator(cpu=True),
+        processes,
         config,
         data,
         METRIC,
         config.metrics[METRIC],
         lines.append,
         watch=False,
-        checkpoints=Checkpoints(config, data, METRIC),
+        checkpoints=Checkpoints(config, data, METRIC, processes),
     )
     return {**model.state_dict(), **criterion.state_dict()}, lines
 

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,11 +35,12 @@ from idml_fast.train.config import (
 from idml_fast.train.criterion import LOSSES, TASKS
 from idml_fast.train.data import load_data
 from idml_fast.train.folder import FILES, open_folder, to_json, write_text, written_whole
-from idml_fast.train.loop import batch_loss, stays_on_cpu, train
+from idml_fast.train.loop import batch_loss, train
 from idml_fast.train.mixing import mix
 from idml_fast.train.model import save
 from idml_fast.train.optim import adamw
 from idml_fast.train.outcome import uncertainties
+from idml_fast.train.processes import Processes, stays_on_cpu
 
 METRICS = ("conventional", "introspective")
 
@@ -57,9 +59,9 @@ def tiny(folder: Path, **changes) -> Config:
 def trained(config: Config, metric: Metric) -> tuple[TwoHeaded, list[dict]]:
     """A network trained with one metric, and its epochs."""
     lines: list[dict] = []
-    accelerator = Accelerator(cpu=True)
+    processes = Processes(Accelerator(cpu=True))
     data = load_data(config.data)
-    model, _ = train(accelerator, config, data, "metric", metric, lines.append)
+    model, _ = train(processes, config, data, "metric", metric, lines.append)
     return model, lines
 
 
@@ -82,7 +84,7 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize(
     ("gpu", "serves", "asked", "stays"),
     [
-        (None, False, False, False),  # accelerate then takes the CPU by itself
+        (None, False, False, True),
         ("cuda", False, False, True),
         ("cuda", False, True, True),
         ("cuda", True, False, False),
@@ -97,7 +99,9 @@ def test_stays_on_the_cpu_where_no_kernel_serves_the_gpu(
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: device)
     monkeypatch.setattr(backend, "refusals", lambda *_: {"triton": None if serves else "no"})
     assert stays_on_cpu(config) == stays
-    assert ("no kernel serves cuda" in capsys.readouterr().out) == (stays and not asked)
+    assert ("no kernel serves cuda" in capsys.readouterr().out) == (
+        gpu == "cuda" and stays and not asked
+    )
 
 
 def test_a_run_writes_its_files_and_nothing_else(finished):
@@ -312,9 +316,8 @@ def test_mixed_precision(tmp_path):
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     lines: list[dict] = []
     data = load_data(config.data)
-    model, _ = train(
-        accelerator, config, data, "metric", config.metrics["introspective"], lines.append
-    )
+    processes, metric = Processes(accelerator), config.metrics["introspective"]
+    model, _ = train(processes, config, data, "metric", metric, lines.append)
     sem, unc = model(data.test.tensors[0][:3])
     AcceleratorState._reset_state()
     assert sem.dtype == unc.dtype == torch.float32  # what the loss is given
@@ -515,8 +518,8 @@ def test_a_boundary_learns(tmp_path):
     options = {"learn_beta": True, "sampling": "distance_weighted"}
     config = tiny(tmp_path, loss=LossConfig(name="margin", options=options))
     data = load_data(config.data)
-    metric = config.metrics["introspective"]
-    _, criterion = train(Accelerator(cpu=True), config, data, "metric", metric, [].append)
+    processes, metric = Processes(Accelerator(cpu=True)), config.metrics["introspective"]
+    _, criterion = train(processes, config, data, "metric", metric, [].append)
     assert criterion.loss.beta.item() != pytest.approx(1.2, abs=1e-4)
 
 
@@ -531,7 +534,8 @@ def test_every_class_may_have_a_boundary(tmp_path):
 def test_a_memory_bank_is_filled_used_and_saved(tmp_path):
     config = tiny(tmp_path, loss=LossConfig(name="contrastive", memory=200))
     data, metric, lines = load_data(config.data), config.metrics["introspective"], []
-    model, criterion = train(Accelerator(cpu=True), config, data, "metric", metric, lines.append)
+    processes = Processes(Accelerator(cpu=True))
+    model, criterion = train(processes, config, data, "metric", metric, lines.append)
     assert len(criterion.bank) == 200
     _, without = trained(tiny(tmp_path, loss=LossConfig(name="contrastive")), metric)
     assert lines[0]["loss"] == without[0]["loss"]  # nothing is remembered before memory_epoch
@@ -631,16 +635,18 @@ def test_the_loss_of_mixed_images_is_the_papers():
 
     for task in TASKS:
         config = Config(data=DataConfig(task=task), mix="mixup")
-        draws = np.random.default_rng(3)
-        value, embedded = batch_loss(network, loss, images, labels, config, draws)
+        training = SimpleNamespace(criterion=loss, draws=np.random.default_rng(3), total=0)
+        alone = Processes(Accelerator(cpu=True))
+        value, seen = batch_loss(network, images, labels, 6, config, training, alone)
         mixed = mix("mixup", images, labels, 1.0, np.random.default_rng(3))
         parts = [loss(*network(mixed.images), y) for y in (mixed.labels_a, mixed.labels_b)]
         expected = mixed.lam * parts[0] + (1 - mixed.lam) * parts[1]
         if task == "retrieval":
             expected = expected + loss(*network(images), labels)
         torch.testing.assert_close(value, expected)
-        seen = images if task == "retrieval" else mixed.images
-        assert torch.equal(embedded[0], seen.flatten(1))
+        kept = images if task == "retrieval" else mixed.images
+        assert torch.equal(seen[0], kept.flatten(1))
+        assert torch.equal(seen[2], labels)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])

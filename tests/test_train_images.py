@@ -35,6 +35,7 @@ from idml_fast.train.evaluate import Settings, evaluate_files
 from idml_fast.train.folder import FILES
 from idml_fast.train.loop import train
 from idml_fast.train.outcome import embed, embed_all, uncertainties
+from idml_fast.train.processes import Processes
 from idml_fast.train.vision import Backbone, transforms
 
 TINY = "test_resnet.r160_in1k"
@@ -96,8 +97,9 @@ def tiny(folder: Path, root: Path, name: str = "cub", **changes) -> Config:
 
 def trained(config: Config, name: str = "introspective") -> TwoHeaded:
     """A network that one metric has trained."""
-    arguments = Accelerator(cpu=True), config, load_data(config.data), name, config.metrics[name]
-    return train(*arguments, [].append, watch=False)[0]
+    processes, data = Processes(Accelerator(cpu=True)), load_data(config.data)
+    metric = config.metrics[name]
+    return train(processes, config, data, name, metric, [].append, watch=False)[0]
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +303,7 @@ def test_a_class_with_one_image_is_in_no_average(birds, tmp_path):
     results = run(config)["introspective"]
     data = load_data(config.data)
     model, _ = load(config.folder / "introspective.safetensors")
-    sem, _ = embed(model, batches(data.test, config.data))
+    sem = embed(model, batches(data.test, config.data))["sem"]
     values = retrieval(sem, data.test_labels)
     assert values.unmatched.tolist() == [12]
     assert results["recall_at_1"] == values.values["recall_at_1"]

@@ -25,6 +25,7 @@ from .criterion import Criterion
 from .data import Data
 from .folder import CHECKPOINTS, RunError, described, difference, written_whole
 from .model import TwoHeaded
+from .processes import Processes
 
 
 class Interrupted(Exception):
@@ -123,9 +124,12 @@ class Checkpoints:
         config: of the run, whose folder is there.
         data: what is trained on.
         name: of the metric.
+        processes: all go on from the same one, which the main process has written: of several
+            machines each must see the folder.
     """
 
-    def __init__(self, config: Config, data: Data, name: str) -> None:
+    def __init__(self, config: Config, data: Data, name: str, processes: Processes) -> None:
+        self.processes = processes
         self.name, self.folder = name, config.folder / CHECKPOINTS
         self.every, self.keep = config.run.checkpoint_every, config.run.keep_checkpoints
         self.of = {
@@ -145,16 +149,21 @@ class Checkpoints:
         Raises:
             Interrupted: a signal has come.
         """
-        if due or came or (self.every and training.total % self.every == 0):
+        stop = self.processes.any(bool(came))
+        if due or stop or (self.every and training.total % self.every == 0):
             self.write(training)
-        if came:
+        if stop:
+            self.processes.wait()  # for what is written: the first to end ends the others
+            why = came[0].name if came else "a signal to another process"
             raise Interrupted(
-                f"stopped by {came[0].name} after step {training.total} of {self.name}; "
+                f"stopped by {why} after step {training.total} of {self.name}; "
                 "the same command goes on from there"
             )
 
     def write(self, training: Training) -> None:
-        """Write a checkpoint, and remove those that are too old."""
+        """Write a checkpoint, and remove those that are too old: the main process does."""
+        if not self.processes.is_main:
+            return
         self.folder.mkdir(exist_ok=True)
         for left_by_a_kill in self.folder.glob(f".{self.name}-*.partial"):
             left_by_a_kill.unlink()
@@ -169,11 +178,10 @@ class Checkpoints:
         Raises:
             RunError: it is damaged, or of another run or version.
         """
-        paths = self.paths()
-        if not paths:
-            return None
-        training.load_state_dict(self._read(paths[-1]))
-        return paths[-1]
+        path = self.processes.of_main(max(self.paths(), default=None))
+        if path is not None:
+            training.load_state_dict(self._read(path))
+        return path
 
     def paths(self) -> list[Path]:
         """Those that are there, the oldest first."""

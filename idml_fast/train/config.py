@@ -18,7 +18,11 @@ from .datasets import DOMAINS, NAMES
 from .paper import cells, recipe
 
 RECIPES = Path(__file__).parent / "recipes"
-SHORT = {"--data-root": "--data.root", "--weights": "--model.weights"}
+SHORT = {
+    "--data-root": "--data.root",
+    "--weights": "--model.weights",
+    "--tracker": "--run.tracker",
+}
 OF_DIGITS = "train_classes", "test_classes", "label_noise", "blurred", "mixed"
 
 
@@ -44,7 +48,10 @@ class DataConfig:
             seed.
         train_classes: digits to train on; for retrieval.
         test_classes: unseen digits to retrieve among; none of them in ``train_classes``.
-        batch_size: images a step, in every process.
+        batch_size: images a step, of all processes together.
+        per_class: a batch is made of so many images of a class at a time, which losses of pairs
+            need where the classes are many. Of a class whose number of images is no multiple of it,
+            some are seen twice in an epoch. 0: images are shuffled.
         label_noise: share of the training images whose label is replaced by another class, each of
             the others as likely. Which images are damaged, by this and the two below, is drawn by
             ``run.seed``, for each kind apart; test images and their labels stay as they are. Only
@@ -66,6 +73,7 @@ class DataConfig:
     train_classes: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     test_classes: list[int] = field(default_factory=lambda: [5, 6, 7, 8, 9])
     batch_size: int = 120
+    per_class: int = 0
     label_noise: float = 0.0
     blurred: float = 0.0
     mixed: float = 0.0
@@ -150,6 +158,9 @@ class OptimConfig:
             ``lr``.
         weight_decay: of AdamW.
         clip: gradient values are clipped to [-clip, clip].
+        accumulation: a batch goes through the network in so many parts, one after the other, and
+            once more for their gradients: activations take that part of the memory. The loss stays
+            that of the whole batch, which a mean of the losses of its parts would not be.
         step: the learning rates are multiplied by ``decay`` every so many epochs.
         decay: see ``step``.
     """
@@ -160,6 +171,7 @@ class OptimConfig:
     proxy_lr: float = 100.0
     weight_decay: float = 1e-4
     clip: float = 10.0
+    accumulation: int = 1
     step: int = 5
     decay: float = 0.5
 
@@ -173,10 +185,15 @@ class RunConfig:
         overwrite: replace a run of another configuration that is already there.
         checkpoint_every: write a checkpoint every so many steps, besides those after every epoch
             and at a signal (SIGTERM, SIGINT); 0: only these. The same command goes on from the
-            newest one, and ends as if it had never stopped. Several processes write none.
+            newest one, and ends as if it had never stopped.
         keep_checkpoints: how many of each metric are kept; none once the run is finished.
         seed: of the weights, the order of the images and k-means; the same for both metrics.
-        mixed_precision: precision of the network; the loss is always computed in float32.
+        mixed_precision: precision of the network; the loss is always computed in float32. On
+            the CPU there is no fp16.
+        compile: ``torch.compile`` the backbone.
+        tracker: where the numbers of every epoch go besides ``metrics.jsonl``, with the images
+            per second and the share of time spent waiting for them: ``csv``, a table beside it,
+            tensorboard, wandb or mlflow; ``--tracker`` for short.
         cpu: stay on the CPU where there is a GPU; it is said and done without asking as long as no
             kernel of idml_fast serves that GPU.
         threads: of PyTorch on the CPU; the digits are too small to share out, and threads that wait
@@ -190,6 +207,8 @@ class RunConfig:
     keep_checkpoints: int = 2
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    tracker: Literal["csv", "tensorboard", "wandb", "mlflow"] | None = None
     cpu: bool = False
     threads: int | None = 1
 
@@ -249,6 +268,7 @@ class Config:
             "optim.epochs": self.optim.epochs,
             "optim.lr": self.optim.lr,
             "optim.clip": self.optim.clip,
+            "optim.accumulation": self.optim.accumulation,
             "optim.step": self.optim.step,
             "loss.memory_epoch": self.loss.memory_epoch,
             "mix_alpha": self.mix_alpha,
@@ -262,6 +282,7 @@ class Config:
             "run.seed": self.run.seed,
             "run.checkpoint_every": self.run.checkpoint_every,
             "data.workers": self.data.workers,
+            "data.per_class": self.data.per_class,
         }
         for name, value in not_negative.items():
             if value < 0:
@@ -271,6 +292,11 @@ class Config:
     def _check_data(self) -> None:
         """What is given suits the data set, which is not looked at yet."""
         data = self.data
+        if data.per_class and data.batch_size % data.per_class:
+            raise ValueError(
+                f"data.batch_size must be a multiple of data.per_class {data.per_class}, "
+                f"got {data.batch_size}"
+            )
         if data.name != "digits" and data.name not in NAMES:
             names = ", ".join(("digits", *NAMES))
             raise ValueError(f"data.name must be one of {names}, got {data.name}")
@@ -373,10 +399,10 @@ class Config:
         """The configuration as YAML; ``--config`` takes it back.
 
         ``run.overwrite`` is left out, a permission for one command, and so is how often checkpoints
-        are written and how many are kept: the run is the same whatever they are.
+        are written, how many are kept, and who keeps track: the run is the same whatever they are.
         """
         values = asdict(self)
-        for name in ("overwrite", "checkpoint_every", "keep_checkpoints"):
+        for name in ("overwrite", "checkpoint_every", "keep_checkpoints", "tracker"):
             del values["run"][name]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 

@@ -11,12 +11,13 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, TensorDataset
 
 from ..evaluation import CORRUPTIONS
 from .config import DataConfig
 from .datasets import DataError, Listing, read
 from .images import Images
+from .processes import Processes
 
 HELD_OUT = 0.25  # of the images of each class, if all classes are learned
 SAMPLED = 1000  # test images that are damaged to see what becomes of them: two dozen times each
@@ -31,6 +32,7 @@ class Data:
 
     Args:
         train: what is learned; its labels are 0 .. ``num_classes`` - 1.
+        train_labels: ``[N]`` int64.
         num_classes: how many classes are learned.
         test: what is retrieved, or classified.
         test_labels: ``[M]`` int64, as the data set counts them.
@@ -44,6 +46,7 @@ class Data:
     """
 
     train: Dataset
+    train_labels: Tensor
     num_classes: int
     test: Dataset
     test_labels: Tensor
@@ -100,8 +103,10 @@ def digits(config: DataConfig, seed: int) -> Data:
         )
         classes = labels.unique()
     learned = torch.searchsorted(classes, labels[train])
+    learned_from = TensorDataset(*damaged(images[train], learned, config, seed))
     return Data(
-        TensorDataset(*damaged(images[train], learned, config, seed)),
+        learned_from,
+        learned_from.tensors[1],
         len(classes),
         TensorDataset(images[test], labels[test]),
         labels[test],
@@ -131,6 +136,7 @@ def files(config: DataConfig, seed: int) -> Data:
 
     return Data(
         Images(splits.root, splits.train, varied),
+        torch.from_numpy(splits.train.labels),
         splits.train.count.classes,
         *judged(splits.test),
         *((None, None) if splits.gallery is None else judged(splits.gallery)),
@@ -149,22 +155,80 @@ def sample(count: int, seed: int) -> Tensor:  # [K]
     return torch.from_numpy(np.sort(drawn))
 
 
-def loader(
-    images: Dataset, config: DataConfig, generator: torch.Generator, **options
-) -> DataLoader:
-    """Batches of ``config.batch_size``, read by as many processes as the configuration says.
+class Batches(Sampler[list[int]]):
+    """Which images each batch of an epoch is made of: all of them, in an order that is drawn anew.
+
+    Of several processes each gets its share of every batch.
+
+    Args:
+        labels: ``[N]``, of the images.
+        config: how large a batch is, and whether it is made of images of a class at a time.
+        order: draws the order at the beginning of every epoch.
+        processes: whose shares these are; None: there is one.
+
+    Attributes:
+        done: how many batches of the next epoch to leave out; 0 again once it has begun.
+    """
+
+    def __init__(
+        self,
+        labels: Tensor,
+        config: DataConfig,
+        order: torch.Generator,
+        processes: Processes | None = None,
+    ) -> None:
+        self.labels, self.order, self.processes = labels, order, processes
+        self.size, self.per_class = config.batch_size, config.per_class
+        counts = labels.unique(return_counts=True)[1]
+        groups = -(-counts // (self.per_class or 1))
+        self.total = int(groups.sum()) * (self.per_class or 1)
+        self.done = 0
+
+    def __len__(self) -> int:
+        """Of a whole epoch."""
+        return -(-self.total // self.size)
+
+    def size_of(self, batch: int) -> int:
+        """How many images all processes together have in that batch of an epoch."""
+        return min(self.size, self.total - batch * self.size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        drawn = torch.tensor(list(RandomSampler(self.labels, generator=self.order)))
+        done, self.done = self.done, 0
+        for batch in self._grouped(drawn).split(self.size)[done:]:
+            yield (batch if self.processes is None else self.processes.of(batch)).tolist()
+
+    def _grouped(
+        self,
+        drawn: Tensor,  # [N], the images in an order
+    ) -> Tensor:  # [total]
+        """Groups of one class in an order that is drawn, filled up with others of their class."""
+        if not self.per_class:
+            return drawn
+        by_class = drawn[self.labels[drawn].argsort(stable=True)]
+        counts = self.labels.unique(return_counts=True)[1]
+        filled = [
+            members[
+                torch.arange(-(-len(members) // self.per_class) * self.per_class) % len(members)
+            ]
+            for members in by_class.split(counts.tolist())
+        ]
+        groups = torch.cat(filled).view(-1, self.per_class)
+        return groups[torch.randperm(len(groups), generator=self.order)].flatten()
+
+
+def loader(images: Dataset, config: DataConfig, **options) -> DataLoader:
+    """Batches of images, read by as many processes as the configuration says.
 
     Args:
         images: what is in memory needs no processes.
-        generator: of all that the loader draws, so that it takes no other random numbers.
         options: of the ``DataLoader``.
     """
     workers = config.workers if isinstance(images, Images) else 0
     return DataLoader(
         images,
-        config.batch_size,
         num_workers=workers,
-        generator=generator,
+        pin_memory=torch.cuda.is_available(),
         worker_init_fn=leave_interrupts,
         **options,
     )
@@ -175,15 +239,18 @@ def leave_interrupts(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def batches(images: Dataset, config: DataConfig, **options) -> Iterator[Tensor]:
-    """The images alone, in order, or as the options of `loader` say."""
-    for batch, *_ in loader(images, config, torch.Generator(), **options):
+def batches(images: Dataset, config: DataConfig, places: Tensor | None = None) -> Iterator[Tensor]:
+    """The images alone, in order: all, or those at these places."""
+    chosen = None if places is None else places.tolist()
+    # A generator of its own: no other random numbers are taken.
+    options = {"batch_size": config.batch_size, "sampler": chosen, "generator": torch.Generator()}
+    for batch, *_ in loader(images, config, **options):
         yield batch
 
 
 def in_memory(images: Dataset, config: DataConfig, places: Tensor) -> Tensor:
     """``[K, channels, height, width]``: the images at these places."""
-    return torch.cat(list(batches(images, config, sampler=places.tolist())))
+    return torch.cat(list(batches(images, config, places)))
 
 
 def damaged(

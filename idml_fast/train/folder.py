@@ -25,6 +25,9 @@ FILES = (
     "report.html",
 )
 CHECKPOINTS = "checkpoints"  # the folder of those of a run that is not finished
+# What a tracker has written, if one was asked for.
+CSV = "metrics.csv"
+TENSORBOARD = "tensorboard"
 
 
 class RunError(ValueError):
@@ -76,9 +79,10 @@ def open_folder(config: Config) -> Path:
                 f"{folder} holds {other}; "
                 "choose another --name, or replace it with --run.overwrite true"
             )
-        for name in FILES:
+        for name in (*FILES, CSV):
             (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        for name in (CHECKPOINTS, TENSORBOARD):
+            shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.yaml", config.to_yaml())
     return folder

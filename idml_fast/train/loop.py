@@ -10,24 +10,24 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import backend
 from ..metric import Metric
 from .checkpoint import Checkpoints, Training, remove_checkpoints, signals
 from .config import Config
-from .criterion import Criterion
-from .data import Data, load_data, loader
+from .criterion import Criterion, SettingsError
+from .data import Batches, Data, load_data, loader
 from .folder import open_folder, to_json, write_text
 from .images import Images
 from .mixing import mix
 from .model import TwoHeaded, save
 from .optim import adamw
 from .outcome import Outcome, evaluate, record
+from .processes import Processes, accelerator_of
 from .report import text_table, uncertainty_text, write_report
+from .tracking import Progress, log, tracked
 
 
 def run(config: Config) -> dict[str, dict[str, float | None]]:
@@ -40,6 +40,9 @@ def run(config: Config) -> dict[str, dict[str, float | None]]:
 
     A run that is stopped, by SIGTERM or SIGINT after the step at hand, or killed at any time, goes
     on from its newest checkpoint when it is called again, and ends as if nothing had happened.
+
+    Several processes, of ``torchrun`` or ``accelerate launch``, learn together what one would; the
+    main one writes.
 
     Returns:
         The results of ``conventional`` and ``introspective`` (in the main process); None for what a
@@ -63,13 +66,14 @@ def run(config: Config) -> dict[str, dict[str, float | None]]:
 
 def _run(config: Config) -> dict[str, dict[str, float | None]]:
     start = time.perf_counter()
-    accelerator = Accelerator(mixed_precision=config.run.mixed_precision, cpu=stays_on_cpu(config))
+    processes = Processes(accelerator_of(config))
     data = load_data(config.data, config.run.seed)
-    build(config, data, config.metrics["introspective"])  # or a refusal, and nothing is written
-    if accelerator.is_main_process:
+    check(config, data, processes)  # or a refusal, and nothing is written
+    if processes.is_main:
         open_folder(config)
         for remark in data.remarks:
             print(f"idml-fast: {remark}")
+    processes.wait()  # for the folder
     lines: list[dict] = []
     outcomes: dict[str, Outcome] = {}
 
@@ -78,20 +82,20 @@ def _run(config: Config) -> dict[str, dict[str, float | None]]:
         write_text(config.folder / "metrics.jsonl", "".join(f"{to_json(x)}\n" for x in lines))
 
     for name, metric in config.metrics.items():
-        # Of several processes each has random numbers and a memory bank of its own.
-        alone = accelerator.num_processes == 1
-        checkpoints = Checkpoints(config, data, name) if alone else None
-        model, criterion = train(
-            accelerator, config, data, name, metric, on_epoch, checkpoints=checkpoints
-        )
-        if accelerator.is_main_process:
-            epochs = [line for line in lines if line["metric"] == name]
-            outcomes[name] = evaluate(model, criterion, config, data, epochs)
-            save(model, criterion, config.folder / f"{name}.safetensors")
-        accelerator.free_memory()
+        checkpoints = Checkpoints(config, data, name, processes)
+        with tracked(processes.accelerator, config, name):
+            trained = train(
+                processes, config, data, name, metric, on_epoch, checkpoints=checkpoints
+            )
+        epochs = [line for line in lines if line["metric"] == name]
+        outcome = evaluate(*trained, config, data, epochs, processes)
+        if outcome is not None:
+            outcomes[name] = outcome
+            save(*trained, config.folder / f"{name}.safetensors")
+        processes.accelerator.free_memory()
 
     results = {name: outcome.results for name, outcome in outcomes.items()}
-    if accelerator.is_main_process:
+    if processes.is_main:
         write_text(config.folder / "results.json", to_json(results, indent=2) + "\n")
         tables = {name: asdict(outcome.table) for name, outcome in outcomes.items()}
         write_text(config.folder / "uncertainty.json", to_json(tables, indent=2) + "\n")
@@ -100,22 +104,12 @@ def _run(config: Config) -> dict[str, dict[str, float | None]]:
         remove_checkpoints(config)
         print(f"\n{text_table(results)}\n\n{uncertainty_text(outcomes)}")
         print(f"\n{config.folder / 'report.html'}")
+    processes.wait()  # for what is written
     return results
 
 
-def stays_on_cpu(config: Config) -> bool:
-    """Whether to train on the CPU: the configuration says so, or no kernel serves the GPU."""
-    device = torch.accelerator.current_accelerator(check_available=True)
-    if config.run.cpu or device is None:
-        return config.run.cpu
-    if None in backend.refusals("pairwise", device).values():
-        return False
-    print(f"idml-fast: no kernel serves {device.type} here (see idml-fast doctor): using the CPU")
-    return True
-
-
 def train(
-    accelerator: Accelerator,
+    processes: Processes,
     config: Config,
     data: Data,
     name: str,
@@ -127,10 +121,12 @@ def train(
     """Train one network with one metric; ``on_epoch`` gets the record of every epoch.
 
     The network, its first weights, the order of the images and how they are mixed depend on the
-    seed alone, so that two metrics start from the same place. Only the main process evaluates and
-    calls ``on_epoch``.
+    seed alone, so that two metrics start from the same place. Several processes share each batch,
+    and every one computes the loss of the whole: they learn what one process would. Only the main
+    one calls ``on_epoch``.
 
     Args:
+        name: of the metric.
         watch: evaluate after every epoch, and show a progress bar.
         checkpoints: go on from the newest of them, and write more; None: neither, and signals are
             not waited for. ``on_epoch`` gets the records of earlier epochs again.
@@ -140,68 +136,75 @@ def train(
         Interrupted: SIGTERM or SIGINT has come.
         RunError: the newest checkpoint is damaged, or of another run.
     """
-    set_seed(config.run.seed)
+    accelerator, run = processes.accelerator, config.run
+    set_seed(run.seed)
     model, criterion = build(config, data, metric)
+    if processes.count > 1:  # of batch norms that learn; others have none
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    criterion.to(processes.device)
     optimizer, schedule = adamw(config.optim, model, criterion)
-    order = torch.Generator().manual_seed(config.run.seed)
-    batches = loader(data.train, config.data, order, shuffle=True)
-    draws = np.random.default_rng(config.run.seed)
-    network, loss, optimizer, batches = accelerator.prepare(model, criterion, optimizer, batches)
+    order = torch.Generator().manual_seed(run.seed)
+    sampler = Batches(data.train_labels, config.data, order, processes)
+    batches = loader(data.train, config.data, batch_sampler=sampler, generator=order)
+    draws = np.random.default_rng(run.seed)
+    # Every process has the same loss, of the same batch: there is nothing to reduce.
+    network, optimizer = accelerator.prepare(model, optimizer)
     # The conventional metric gives the uncertainty head nothing to learn from.
     heads = (model.sem, model.unc) if metric.reads_unc else (model.sem,)
-    parameters = [*network.parameters(), *loss.parameters()]
+    parameters = [*network.parameters(), *criterion.parameters()]
     training = Training(model, criterion, optimizer, schedule, accelerator.scaler, order, draws)
     found = checkpoints and checkpoints.resume(training)
-    for line in training.records:
-        on_epoch(line)
-    # One bar, and none where there is no terminal (None).
-    hidden = None if accelerator.is_main_process and watch else True
-    if found and not hidden and training.epoch <= config.optim.epochs:
+    shown = processes.is_main and watch
+    if processes.is_main:
+        for line in training.records:
+            on_epoch(line)
+    if found and shown and training.epoch <= config.optim.epochs:
         print(f"idml-fast: going on from {found}")
-    progress = tqdm(
-        range(training.epoch, config.optim.epochs + 1),
-        name,
-        total=config.optim.epochs,
-        initial=training.epoch - 1,
-        unit="epoch",
-        disable=hidden,
-    )
-    with nullcontext([]) if checkpoints is None else signals() as came:
-        for epoch in progress:
+    done = (training.epoch - 1) * sampler.total + training.step * config.data.batch_size
+    progress = Progress(name, config.optim.epochs, sampler.total, done, shown)
+    with progress.bar, nullcontext([]) if checkpoints is None else signals() as came:
+        for epoch in range(training.epoch, config.optim.epochs + 1):
             network.train()
             if isinstance(data.train, Images):
-                data.train.seed = config.run.seed, epoch
-            for images, labels, *_ in skip_first_batches(batches, training.step):
-                value, embedded = batch_loss(network, loss, images, labels, config, draws)
+                data.train.seed = run.seed, epoch
+            sampler.done = training.step
+            for images, labels, *_ in progress.epoch(epoch, batches):
+                total = sampler.size_of(training.step)
+                batch = [x.to(processes.device, non_blocking=True) for x in (images, labels)]
+                value, seen = batch_loss(network, *batch, total, config, training, processes)
                 accelerator.backward(value)
                 accelerator.clip_grad_value_(parameters, config.optim.clip)
                 grads = [head.weight.grad.norm() for head in heads]
                 optimizer.step()
                 optimizer.zero_grad()
                 if criterion.bank is not None and epoch >= config.loss.memory_epoch:
-                    criterion.bank.add(*embedded, labels)
+                    criterion.bank.add(*seen)
                 training.end_step(torch.stack([value.detach(), *grads]))
+                progress.step(total, value.detach())
                 if checkpoints is not None:
                     checkpoints.keep_up(training, came)
             schedule.step()
             mean, sem_grad, *unc_grad = torch.stack(training.steps).mean(dim=0).tolist()
+            rates = progress.rates()
             if not math.isfinite(mean):
                 raise FloatingPointError(f"the loss is {mean} in epoch {epoch}; lower optim.lr")
-            if accelerator.is_main_process:
-                seen = record(model, criterion, config, data) if watch else {}
+            processes.check_same("the loss' parameters", criterion)
+            values = record(model, criterion, config, data, processes) if watch else {}
+            if processes.is_main:
                 line = {
                     "metric": name,
                     "epoch": epoch,
                     "loss": mean,
                     "sem_grad_norm": sem_grad,
                     "unc_grad_norm": unc_grad[0] if unc_grad else None,
-                    **seen,
+                    **values,
                 }
                 training.records.append(line)
                 on_epoch(line)
-                shown = {"recall_at_1": "R@1", "top_1": "top-1"}
-                quality = {shown[key]: f"{seen[key]:.1%}" for key in shown if key in seen}
-                progress.set_postfix({"loss": f"{mean:.3f}", **quality})
+                log(accelerator, config, line | rates)
+                short = {"recall_at_1": "R@1", "top_1": "top-1"}
+                quality = {short[key]: f"{values[key]:.1%}" for key in short if key in values}
+                progress.tell(loss=f"{mean:.3f}", wait=f"{rates['data_wait']:.0%}", **quality)
             training.end_epoch()
             if checkpoints is not None:
                 checkpoints.keep_up(training, came, due=True)
@@ -209,7 +212,7 @@ def train(
 
 
 def build(config: Config, data: Data, metric: Metric) -> tuple[TwoHeaded, Criterion]:
-    """The network and its loss, as they are before they learn anything.
+    """The network and its loss with that metric, as they are before they learn anything.
 
     Raises:
         SettingsError: the network, its weights or the loss does not fit the data set.
@@ -217,31 +220,74 @@ def build(config: Config, data: Data, metric: Metric) -> tuple[TwoHeaded, Criter
     channels, *size = data.shape
     model = TwoHeaded(config.model, channels, size)
     model.unc.requires_grad_(metric.reads_unc)
+    model.parts = config.optim.accumulation
+    if config.run.compile:
+        model.trunk.compile()
     return model, config.criterion(metric, data.num_classes)
+
+
+def check(config: Config, data: Data, processes: Processes) -> None:
+    """Build a network as a trial.
+
+    Raises:
+        SettingsError: the network, its weights, its batch norms or the loss does not fit the data
+            set, or how the batch is cut up.
+    """
+    model, _ = build(config, data, config.metrics["introspective"])
+    if config.data.batch_size < processes.count:
+        raise SettingsError(
+            f"data.batch_size must be at least the number of processes, {processes.count}, "
+            f"got {config.data.batch_size}"
+        )
+    model.train()
+    if not any(isinstance(part, _BatchNorm) and part.training for part in model.modules()):
+        return
+    learn = f"the batch norms of {config.model.backbone} learn (model.freeze_norm false)"
+    if config.optim.accumulation > 1:
+        raise SettingsError(
+            f"optim.accumulation must be 1 where {learn}: they would see the parts of a batch "
+            f"instead of the batch, got {config.optim.accumulation}"
+        )
+    if processes.count > 1 and processes.device.type == "cpu":
+        raise SettingsError(
+            f"there must be one process on the CPU where {learn}: they would see the share of a "
+            f"process instead of the batch, got {processes.count}"
+        )
 
 
 def batch_loss(
     network: nn.Module,
-    loss: nn.Module,
-    images: Tensor,  # [N, channels, height, width]
-    labels: Tensor,  # [N]
+    images: Tensor,  # [share, channels, height, width]
+    labels: Tensor,  # [share]
+    total: int,
     config: Config,
-    draws: np.random.Generator,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The loss of a batch, mixed if the configuration says so, and ``(sem, unc)`` of its images.
+    training: Training,
+    processes: Processes,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """The loss of a batch of ``total`` images, of which this process has its share, mixed if the
+    configuration says so, and what a memory bank keeps of it: ``(sem, unc, labels)`` of all.
 
     Of mixed images ``L(mixed) = lam L(mixed, y_a) + (1 - lam) L(mixed, y_b)``. Classifying, that is
     the loss (and the embeddings are those of the mixed images); retrieving it is ``L(images, y) +
     L(mixed)``, as the paper trains.
     """
+    loss = training.criterion
+    labels = processes.together(labels, total)
+
+    def embed(share: Tensor, passes: int) -> tuple[Tensor, Tensor]:
+        with processes.own_draws(config.run.seed, training.total, passes):
+            embedded = network(share)
+        return tuple(processes.together(x, total) for x in embedded)
+
     if config.mix == "none":
-        embedded = network(images)
-        return loss(*embedded, labels), embedded
-    mixed = mix(config.mix, images, labels, config.mix_alpha, draws)
-    embedded = network(mixed.images)
+        embedded = embed(images, 0)
+        return loss(*embedded, labels), (*embedded, labels)
+    whole = processes.together(images, total)
+    mixed = mix(config.mix, whole, labels, config.mix_alpha, training.draws)
+    embedded = embed(processes.of(mixed.images), 0)
     a, b = loss(*embedded, mixed.labels_a), loss(*embedded, mixed.labels_b)
     value = mixed.lam * a + (1 - mixed.lam) * b
     if config.data.task == "retrieval":
-        embedded = network(images)
+        embedded = embed(images, 1)
         value = value + loss(*embedded, labels)
-    return value, embedded
+    return value, (*embedded, labels)

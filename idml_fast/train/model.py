@@ -8,11 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..metric import Metric
 from .config import LossConfig, ModelConfig
@@ -33,6 +35,11 @@ class TwoHeaded(nn.Module):
         channels: of the images.
         size: height and width of the images, in pixels.
 
+    Attributes:
+        parts: in how many parts, one after the other, images go through the backbone where a
+            gradient is wanted. Each part goes through it once more for that, so that the
+            activations of one part alone are held.
+
     Raises:
         SettingsError: timm has no such backbone for such images, or its weights cannot be had.
     """
@@ -50,6 +57,7 @@ class TwoHeaded(nn.Module):
             features = self.trunk.width
         self.sem = nn.Linear(features, config.sem_dim)
         self.unc = nn.Linear(features, config.unc_dim)
+        self.parts = 1
 
     def forward(
         self,
@@ -65,7 +73,10 @@ class TwoHeaded(nn.Module):
     ) -> Tensor:  # [N, F]
         """What both heads are given; ``model.sem`` makes of it the embedding before its length is
         normalised."""
-        return self.trunk(images)
+        if self.parts == 1 or not torch.is_grad_enabled():
+            return self.trunk(images)
+        parts = images.chunk(self.parts)
+        return torch.cat([checkpoint(self.trunk, part, use_reentrant=False) for part in parts])
 
 
 def _small(width: int, channels: int) -> nn.Sequential:
@@ -107,6 +118,7 @@ def save(model: TwoHeaded, criterion: Criterion, path: Path) -> None:
     metadata = {METADATA: json.dumps(described)}
     with written_whole(path) as partial:
         state = {**model.state_dict(), **criterion.state_dict()}
+        state = {name: x.contiguous() for name, x in state.items()}
         partial.write_bytes(to_bytes(state, metadata))
 
 

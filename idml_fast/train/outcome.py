@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from ..evaluation import (
     UncertaintyTable,
@@ -32,6 +34,7 @@ from .config import Config
 from .criterion import Criterion
 from .data import Data, batches, in_memory
 from .model import TwoHeaded
+from .processes import Processes
 
 # The numbers of a task, and their short names.
 QUALITIES = {
@@ -99,24 +102,42 @@ class Embedded(NamedTuple):
     unc2: Tensor | None = None  # [G, Du]
 
 
-def embed_all(model: TwoHeaded, config: Config, data: Data) -> Embedded:
-    """The test images, and those of the gallery if there is one."""
+def embed_all(
+    model: TwoHeaded, config: Config, data: Data, processes: Processes | None = None
+) -> Embedded:
+    """The test images, and those of the gallery if there is one; each process embeds its share."""
     parts = [x for x in (data.test, data.gallery) if x is not None]
-    found = [embed(model, batches(part, config.data)) for part in parts]
-    return Embedded(*(x for pair in found for x in pair))
+    found = [shared(partial(embed, model), part, config, processes) for part in parts]
+    return Embedded(*(x for pair in found for x in pair.values()))
+
+
+def shared(
+    measure: Callable[[Iterable[Tensor]], dict[str, Tensor]],
+    images: Dataset,
+    config: Config,
+    processes: Processes | None,
+) -> dict[str, Tensor]:
+    """``[len(images), ...]`` each on the CPU: what is measured of all images, given in batches, of
+    which each process measures its share."""
+    if processes is None:
+        return measure(batches(images, config.data))
+    total = len(images)
+    found = measure(batches(images, config.data, processes.share(total)))
+    device = processes.device
+    return {name: processes.together(x.to(device), total).cpu() for name, x in found.items()}
 
 
 @torch.no_grad()
 def embed(
     model: TwoHeaded,
     images: Iterable[Tensor],  # [n, channels, height, width] each
-) -> tuple[Tensor, Tensor]:
-    """``(sem [M, Ds], unc [M, Du])`` on the CPU of batches of images, in evaluation mode."""
+) -> dict[str, Tensor]:
+    """``sem [M, Ds]`` and ``unc [M, Du]`` on the CPU of batches of images, in evaluation mode."""
     model.eval()
     device = next(model.parameters()).device
     parts = [[x.cpu() for x in model(batch.to(device))] for batch in images]
     sem, unc = zip(*parts, strict=True)
-    return torch.cat(sem), torch.cat(unc)
+    return {"sem": torch.cat(sem), "unc": torch.cat(unc)}
 
 
 @torch.no_grad()
@@ -165,9 +186,12 @@ def _logits(loss: ProxyLoss, sem: Tensor, proxies: Tensor) -> Tensor:
     return -metric.sign * scale * scores ** settings.get("power", 1.0)
 
 
-def record(model: TwoHeaded, criterion: Criterion, config: Config, data: Data) -> dict:
-    """What is worth a line after every epoch: see `quality`."""
-    return quality(embed_all(model, config, data), criterion, config, data)
+def record(
+    model: TwoHeaded, criterion: Criterion, config: Config, data: Data, processes: Processes
+) -> dict:
+    """What is worth a line after every epoch: see `quality`; the main process has it."""
+    embedded = embed_all(model, config, data, processes)
+    return quality(embedded, criterion, config, data) if processes.is_main else {}
 
 
 def quality(embedded: Embedded, criterion: Criterion, config: Config, data: Data) -> dict:
@@ -189,15 +213,29 @@ def quality(embedded: Embedded, criterion: Criterion, config: Config, data: Data
 
 
 def evaluate(
-    model: TwoHeaded, criterion: Criterion, config: Config, data: Data, epochs: list[dict]
-) -> Outcome:
+    model: TwoHeaded,
+    criterion: Criterion,
+    config: Config,
+    data: Data,
+    epochs: list[dict],
+    processes: Processes,
+) -> Outcome | None:
     """The trained network's outcome: its last epoch, clustering, and its uncertainty if it has one.
 
     Retrieval, clustering and classification use the semantic embedding alone, as the paper does.
-    What becomes of damaged and of foreign images is measured with those of ``data.sampled``.
+    What becomes of damaged and of foreign images is measured with those of ``data.sampled``. All
+    processes embed the images; what is left is the main process' to do, and its to have.
     """
     metric, labels, labels2 = criterion.loss.metric, data.test_labels, data.gallery_labels
-    embedded = embed_all(model, config, data)
+    embedded = embed_all(model, config, data, processes)
+    found, others = (
+        None
+        if part is None
+        else shared(partial(uncertainties, model, criterion), part, config, processes)
+        for part in (data.test, data.gallery)
+    )
+    if not processes.is_main:
+        return None
     sem, unc, sem2, unc2 = embedded
     results = quality(embedded, criterion, config, data)
     if config.data.task == "retrieval":
@@ -205,10 +243,6 @@ def evaluate(
         wrong, matched = wrong_answers(sem, labels, sem2, labels2)
     else:
         wrong, matched = criterion.predict(sem) != labels, None
-    found, others = (
-        None if part is None else uncertainties(model, criterion, batches(part, config.data))
-        for part in (data.test, data.gallery)
-    )
     damaged, foreign = made_worse(model, criterion, config, data)
     # Of a pair both embeddings count, not only how long they are.
     whole = {"unc_norm": unc} if metric.reads_unc else {}

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from .checkpoint import Checkpoints
@@ -21,9 +20,11 @@ from .config import Config, config_of
 from .criterion import SettingsError
 from .data import load_data
 from .folder import CHECKPOINTS, described, difference, flat, to_json, write_text
-from .loop import stays_on_cpu, train
+from .loop import train
 from .outcome import evaluate
 from .paper import merged
+from .processes import Processes, accelerator_of
+from .tracking import tracked
 
 # What a run is called by: no argument of the command line may change it.
 OWN = ("name", "data.name", "loss.name", "run.seed", "run.folder")
@@ -115,33 +116,42 @@ def results_of(
     return found
 
 
+def alone(config: Config) -> Processes:
+    """This process, on the device of the configuration.
+
+    Raises:
+        SettingsError: there are several.
+    """
+    processes = Processes(accelerator_of(config))
+    if processes.count > 1:
+        raise SettingsError(
+            "idml-fast reproduce must be one process, got several: what they learn together is one "
+            "run, that of idml-fast train --config CELL"
+        )
+    return processes
+
+
 def run_one(config: Config, metric: str, name: str, watch: bool = False) -> Results:
     """Train one network, and what it is worth after its last epoch.
 
     Args:
         metric: of the configuration.
-        name: of the run's checkpoints, from the newest of which it goes on.
+        name: of the run: in its progress bar, for a tracker, and of its checkpoints, from the
+            newest of which it goes on.
         watch: also what it is worth in its best epoch, see `best_of`: all test images are judged
             after every epoch.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(config.run.threads or threads)
     try:
-        cpu = stays_on_cpu(config)
-        accelerator = Accelerator(mixed_precision=config.run.mixed_precision, cpu=cpu)
+        processes = alone(config)
         data = load_data(config.data, config.run.seed)
         lines: list[dict[str, Any]] = []
-        trained = train(
-            accelerator,
-            config,
-            data,
-            metric,
-            config.metrics[metric],
-            lines.append,
-            watch=watch,
-            checkpoints=Checkpoints(config, data, name),
-        )
-        results = evaluate(*trained, config, data, lines).results
+        arguments = processes, config, data, name, config.metrics[metric], lines.append, watch
+        with tracked(processes.accelerator, config, name):
+            trained = train(*arguments, Checkpoints(config, data, name, processes))
+        results = evaluate(*trained, config, data, lines, processes).results
+        processes.accelerator.free_memory()
         return results | best_of(lines) if watch else results
     finally:
         torch.set_num_threads(threads)

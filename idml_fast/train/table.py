@@ -13,11 +13,11 @@ from .config import Config, config_of
 from .criterion import SettingsError
 from .data import load_data
 from .folder import flat, write_text
-from .loop import build
+from .loop import check
 from .paper import NAMES, cells, merged, published, recipe
 from .report import write_table
 from .reproduce import METRICS, TITLES, Row, percent
-from .runs import chosen, over, results_of, seeded, written
+from .runs import alone, chosen, over, results_of, seeded, written
 
 SETS = {"cub": "CUB-200-2011", "cars": "Cars196", "sop": "Stanford Online Products"}
 NUMBERS = {
@@ -260,7 +260,7 @@ def looked_at(configs: dict[str, Config]) -> list[str]:
         metric = config.metrics["introspective"]
         if config.data.name not in counts:
             data = load_data(config.data, config.run.seed)
-            build(config, data, metric)
+            check(config, data, alone(config))
             counts[config.data.name] = data.num_classes
             remarks += data.remarks
         config.criterion(metric, counts[config.data.name])
