@@ -203,20 +203,18 @@ def _reproduce(chosen: argparse.Namespace, settings: list[str]) -> int:
         return _missing("reproduce", error)
     given = {name: getattr(chosen, name) for name in ("losses", "seeds", "epochs", "folder")}
     options = {name: value for name, value in given.items() if value is not None}
-    short = {
-        "--data.root": chosen.data_root,
-        "--model.weights": chosen.weights,
-        "--run.checkpoint_every": chosen.checkpoint_every,
-    }
-    told = [f"{name}={value}" for name, value in short.items() if value is not None]
-    settings = [*told, *settings]
-    if chosen.study and settings:
-        return _fail(f"--study takes no settings of idml-fast train, got {' '.join(settings)}")
+    short = {"--model.weights": chosen.weights, "--run.checkpoint_every": chosen.checkpoint_every}
+    settings = [f"{name}={x}" for name, x in short.items() if x is not None] + settings
+    rooted = (
+        settings if chosen.data_root is None else [f"--data.root={chosen.data_root}", *settings]
+    )
+    if chosen.study and rooted:
+        return _fail(f"--study takes no settings of idml-fast train, got {' '.join(rooted)}")
     try:
         if chosen.study:
             study(" ".join(chosen.dataset), **options)
         elif chosen.dataset == ["digits"]:
-            reproduce("digits", **options, settings=settings)
+            reproduce("digits", **options, settings=rooted)
         else:
             options |= {"data_root": chosen.data_root, "best": chosen.best}
             reproduce_table(chosen.dataset, **options, settings=settings)
