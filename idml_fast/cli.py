@@ -205,16 +205,15 @@ def _reproduce(chosen: argparse.Namespace, settings: list[str]) -> int:
     options = {name: value for name, value in given.items() if value is not None}
     short = {"--model.weights": chosen.weights, "--run.checkpoint_every": chosen.checkpoint_every}
     settings = [f"{name}={x}" for name, x in short.items() if x is not None] + settings
-    rooted = (
-        settings if chosen.data_root is None else [f"--data.root={chosen.data_root}", *settings]
-    )
-    if chosen.study and rooted:
-        return _fail(f"--study takes no settings of idml-fast train, got {' '.join(rooted)}")
+    root = [] if chosen.data_root is None else [f"--data.root={chosen.data_root}"]
+    if chosen.study and root + settings:
+        told = " ".join(root + settings)
+        return _fail(f"--study takes no settings of idml-fast train, got {told}")
     try:
         if chosen.study:
             study(" ".join(chosen.dataset), **options)
         elif chosen.dataset == ["digits"]:
-            reproduce("digits", **options, settings=rooted)
+            reproduce("digits", **options, settings=root + settings)
         else:
             options |= {"data_root": chosen.data_root, "best": chosen.best}
             reproduce_table(chosen.dataset, **options, settings=settings)

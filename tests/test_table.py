@@ -338,10 +338,10 @@ def test_the_table_by_hand():
     assert [line[:3] for line in lines] == [
         ["Multi-Similarity", "conventional", "paper"],
         ["", "", "last"],
-        ["", "", "best: epoch 3, 40"],
+        ["", "", "best: epochs 3, 40"],
         ["", "introspective", "paper"],
         ["", "", "last"],
-        ["", "", "best: epoch 3, 40"],
+        ["", "", "best: epochs 3, 40"],
     ]
     assert lines[3][3:] == ["69.0", "79.5", "", "73.5", "38.5", "27.2"]
     assert lines[4][3:] == [
@@ -477,7 +477,7 @@ def test_another_seed_keeps_its_checkpoints(birds, tmp_path, monkeypatch):
         ),
         (["--dataset", "digits", "cub"], "different ones of cub, cars, sop, got digits"),
         (["--dataset", "cub", "cub"], "got ['cub', 'cub']"),
-        (["--loss", "nca"], "loss must be different ones of proxy_anchor, proxy_nca, multi_simil"),
+        (["--loss", "nca"], "loss must be different ones of triplet_margin, proxy_nca, fast_ap"),
         (["--loss", "margin", "margin"], "got ['margin', 'margin']"),
         (["--data-root", "nowhere"], "nowhere must be the folder of a data set, got nothing"),
         (["--seeds", "1", "1"], "seeds must be different numbers >= 0, got [1, 1]"),

@@ -16,7 +16,7 @@ from .folder import flat, write_text
 from .loop import check
 from .paper import NAMES, cells, merged, published, recipe
 from .report import write_table
-from .reproduce import METRICS, TITLES, Row, percent
+from .reproduce import METRICS, Row, percent
 from .runs import alone, chosen, over, results_of, seeded, written
 
 SETS = {"cub": "CUB-200-2011", "cars": "Cars196", "sop": "Stanford Online Products"}
@@ -89,14 +89,16 @@ class Table:
         if np.isnan(middle):
             return ""
         less = self.difference(dataset, row, metric, picked, name)
-        return percent(middle, spread) + ("" if np.isnan(less) else f" ({less:+.1f})")
+        if np.isnan(less):
+            return percent(middle, spread)
+        return f"{percent(middle, spread)} ({round(less, 1) + 0.0:+.1f})"  # zero: without its sign
 
     def epoch(self, row: Row, metric: str, picked: str) -> str:
         """Which epoch the numbers are of."""
         if picked == "last":
             return picked
         epochs = row.values(metric, "best_epoch").astype(int)
-        return f"best: epoch {', '.join(map(str, epochs))}"
+        return f"best: epoch{'s' * (len(epochs) > 1)} {', '.join(map(str, epochs))}"
 
     def to_text(self) -> str:
         """The tables for a terminal."""
@@ -233,7 +235,7 @@ def configurations(
     """The configuration of every cell and seed; arguments and errors are those of
     `reproduce_table`."""
     datasets = chosen("dataset must be digits alone, or", datasets, list(SETS))
-    known = [loss for loss in TITLES if f"{datasets[0]}_{loss}" in cells()]
+    known = list(dict.fromkeys(loss for _, loss in cells().values()))
     losses = chosen("loss must be", losses, known)
     if data_root is None:
         raise SettingsError(f"--data-root must be a folder with {', '.join(datasets)}, got none")
