@@ -409,6 +409,10 @@ def test_the_best_epoch_is_the_first_with_the_highest_recall():
     assert best_of(epochs) == {"best_epoch": 2, "best_recall_at_1": 0.7, "best_map_at_r": 0.3}
 
 
+def test_without_all_epochs_there_is_no_best_one():
+    assert best_of([{"epoch": 1}, {"epoch": 2, "recall_at_1": 0.7}]) == {}
+
+
 def test_without_watching_there_is_no_best(birds, tmp_path):
     assert cli.main(words(birds, tmp_path, "--no-best")) == 0
     for found in results(tmp_path / "cub_proxy_anchor").values():
@@ -504,6 +508,17 @@ def test_what_does_not_fit_is_one_sentence(birds, capsys, tmp_path, arguments, m
     assert message in told
     assert status == 2 or told.count("\n") == 1
     assert not (tmp_path / "none").exists()
+
+
+def test_several_processes_are_refused(birds, tmp_path, capsys, monkeypatch):
+    class Several(runs.Processes):
+        def __init__(self, accelerator):
+            super().__init__(accelerator)
+            self.count = 2
+
+    monkeypatch.setattr(runs, "Processes", Several)
+    assert cli.main(words(birds, tmp_path)) == 1
+    assert "must be one process, got several" in capsys.readouterr().err
 
 
 def test_a_root_must_be_given(capsys, tmp_path):

@@ -162,9 +162,13 @@ def best_of(epochs: Sequence[dict[str, Any]]) -> Results:
     several; their names begin with ``best_``. What is picked on the test classes looks better on
     them than it is.
 
+    None, if not all epochs were judged: a run may have begun without being watched.
+
     >>> best_of([{"epoch": 1, "recall_at_1": 0.7}, {"epoch": 2, "recall_at_1": 0.6}])
     {'best_epoch': 1, 'best_recall_at_1': 0.7}
     """
+    if not all("recall_at_1" in line for line in epochs):
+        return {}
     best = max(epochs, key=lambda line: line["recall_at_1"])
     return {f"best_{name}": value for name, value in best.items() if name != "metric"}
 

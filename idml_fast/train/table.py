@@ -185,7 +185,9 @@ def reproduce_table(
         seeds: of the weights and the order of the images.
         epochs: of every run; None: as the recipe says.
         folder: where it is written.
-        best: judge the test images after every epoch, for the numbers of the best one.
+        best: judge the test images after every epoch, for the numbers of the best one. To embed
+            them takes about a sixth of the time of learning (with mixup); to rank SOP's 60,502 then
+            takes seconds to a minute.
         settings: of ``idml-fast train``, for every run, such as ``["--data.batch_size", "60"]``.
 
     Raises:
