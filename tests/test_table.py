@@ -177,6 +177,15 @@ def test_the_settings_of_a_cell_can_be_printed(capsys):
     assert {name: printed[name] for name in wanted} == wanted
 
 
+def test_a_cell_serves_another_data_set_too():
+    told = "--config cub_proxy_anchor --name clipart --data-root there --data.name domainnet"
+    config = load_config([*told.split(), "--data.source", "real", "--data.target", "clipart"])
+    values = recipe("cub_proxy_anchor")
+    values |= {"name": "clipart"}
+    values["data"] |= {"name": "domainnet", "root": "there", "source": "real", "target": "clipart"}
+    assert config == config_of(values)
+
+
 # ------------------------------------------------------------------------- cells, rows, columns
 
 
