@@ -116,11 +116,12 @@ def _add_reproduce(commands: Any) -> None:
         "--checkpoint-every",
         type=int,
         metavar="STEPS",
-        help="besides those after every epoch and at a signal (0: only these)",
+        help="write a checkpoint so often, besides those after every epoch and at a signal",
     )
     parser.add_argument(
         "--folder",
-        help="(runs/paper; of the digits runs/reproduce, with --study runs/study)",
+        help="where it is written (runs/paper; of the digits runs/reproduce, with --study "
+        "runs/study)",
     )
 
 
