@@ -28,27 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "compare them, write a report",
         add_help=False,  # its own parser knows its options
     )
-    reproduce = commands.add_parser(
-        "reproduce",
-        help="train every loss with both metrics and several seeds, and write the table",
-        description="Train every loss with the conventional and with the introspective metric, "
-        "beside the paper's numbers. A second call goes on where the first one stopped.",
-        allow_abbrev=False,
-    )
-    reproduce.add_argument("--dataset", required=True, help="digits")
-    rows = reproduce.add_mutually_exclusive_group()
-    rows.add_argument("--losses", nargs="+", metavar="LOSS", help="rows of the table (all)")
-    rows.add_argument(
-        "--study",
-        action="store_true",
-        help="one loss instead, on training data with wrong labels, blurred and mixed images, also "
-        "with the metric as the paper's authors released it",
-    )
-    reproduce.add_argument(
-        "--seeds", nargs="+", type=int, metavar="SEED", help="(0 1 2; with --study 0 1 2 3 4)"
-    )
-    reproduce.add_argument("--epochs", type=int, help="of every run (as the recipe says)")
-    reproduce.add_argument("--folder", help="(runs/reproduce; with --study runs/study)")
+    _add_reproduce(commands)
     _add_evaluate(commands)
     report = commands.add_parser(
         "report",
@@ -65,15 +45,84 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.command == "train":
         return _train(rest)
+    if chosen.command == "reproduce":
+        return _reproduce(chosen, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if chosen.command == "reproduce":
-        return _reproduce(chosen)
     if chosen.command == "eval":
         return _evaluate(chosen)
     if chosen.command == "report":
         return _report(chosen)
     return _doctor()
+
+
+def _add_reproduce(commands: Any) -> None:
+    parser = commands.add_parser(
+        "reproduce",
+        help="train many losses with both metrics, and write the table beside the paper's numbers",
+        description="Train losses with the conventional and with the introspective metric, beside "
+        "the paper's numbers: one cell of its Table 1, a row, a column or all of it; or every loss "
+        "on the digits. A second call goes on where the first one stopped. Further options are "
+        "those of idml-fast train and hold for every run, such as --data.batch_size 60.",
+        usage="%(prog)s --dataset DATASET [DATASET ...] [--loss LOSS [LOSS ...]] [--data-root DIR] "
+        "[OPTION ...] [--GROUP.OPTION VALUE ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--dataset",
+        required=True,
+        nargs="+",
+        metavar="DATASET",
+        help="digits; or one or more of cub, cars and sop",
+    )
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument(
+        "--loss",
+        "--losses",
+        dest="losses",
+        nargs="+",
+        metavar="LOSS",
+        help="rows of the table (all)",
+    )
+    rows.add_argument(
+        "--study",
+        action="store_true",
+        help="one loss instead, on training data with wrong labels, blurred and mixed images, also "
+        "with the metric as the paper's authors released it; of the digits",
+    )
+    parser.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help="the folder with the data sets, as unpacked",
+    )
+    parser.add_argument(
+        "--weights", metavar="FILE", help="of the backbone (those of timm, fetched once)"
+    )
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="SEED",
+        help="(of cub, cars and sop 0, of the digits 0 1 2; with --study 0 1 2 3 4)",
+    )
+    parser.add_argument("--epochs", type=int, help="of every run (as the recipe says)")
+    parser.add_argument(
+        "--no-best",
+        dest="best",
+        action="store_false",
+        help="judge the test images of cub, cars and sop after the last epoch alone",
+    )
+    parser.add_argument(
+        "--checkpoint-every",
+        type=int,
+        metavar="STEPS",
+        help="write a checkpoint so often, besides those after every epoch and at a signal",
+    )
+    parser.add_argument(
+        "--folder",
+        help="where it is written (runs/paper; of the digits runs/reproduce, with --study "
+        "runs/study)",
+    )
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -143,18 +192,41 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _reproduce(chosen: argparse.Namespace) -> int:
+def _reproduce(chosen: argparse.Namespace, settings: list[str]) -> int:
     try:
+        from .train.checkpoint import Interrupted
+        from .train.datasets import DataError
+        from .train.folder import RunError
         from .train.reproduce import SettingsError, reproduce
         from .train.study import study
+        from .train.table import reproduce_table
     except ModuleNotFoundError as error:
         return _missing("reproduce", error)
     given = {name: getattr(chosen, name) for name in ("losses", "seeds", "epochs", "folder")}
     options = {name: value for name, value in given.items() if value is not None}
+    short = {"--model.weights": chosen.weights, "--run.checkpoint_every": chosen.checkpoint_every}
+    settings = [f"{name}={x}" for name, x in short.items() if x is not None] + settings
+    root = [] if chosen.data_root is None else [f"--data.root={chosen.data_root}"]
+    if chosen.study and root + settings:
+        told = " ".join(root + settings)
+        return _fail(f"--study takes no settings of idml-fast train, got {told}")
     try:
-        (study if chosen.study else reproduce)(chosen.dataset, **options)
-    except (SettingsError, FileExistsError, FloatingPointError) as error:
+        if chosen.study:
+            study(" ".join(chosen.dataset), **options)
+        elif chosen.dataset == ["digits"]:
+            reproduce("digits", **options, settings=root + settings)
+        else:
+            options |= {"data_root": chosen.data_root, "best": chosen.best}
+            reproduce_table(chosen.dataset, **options, settings=settings)
+    except ModuleNotFoundError as error:
+        return _missing("reproduce", error)
+    except DataError as error:
+        return _fail(_without_traceback(error))
+    except (FileExistsError, FloatingPointError, RunError, SettingsError) as error:
         return _fail(str(error))
+    except Interrupted as stopped:
+        _fail(str(stopped))
+        return STOPPED
     return 0
 
 

@@ -26,8 +26,9 @@ from idml_fast.train.compare import compare
 from idml_fast.train.config import Config, DataConfig, LossConfig
 from idml_fast.train.criterion import TASKS
 from idml_fast.train.data import load_data
-from idml_fast.train.report import write_comparison, write_report
+from idml_fast.train.report import write_comparison, write_report, write_table
 from idml_fast.train.reproduce import TITLES, Comparison
+from idml_fast.train.table import SETS, Table
 
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 PROGRAM = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -207,6 +208,14 @@ def every_loss(folder: Path) -> Path:
     return folder / "all.html"
 
 
+def papers_table(folder: Path) -> Path:
+    """Two losses on every data set, three seeds."""
+    names = "proxy_anchor", "margin"
+    rows = {x: [made_up([0.01, 0.03, -0.02], name=name) for name in names] for x in SETS}
+    write_table(folder / "table.html", Table((0, 1, 2), rows, {NAME: Config()}, (NAME,)))
+    return folder / "table.html"
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
@@ -215,11 +224,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "classification": report(folder, "classification"),
         "comparison": comparison(folder),
         "every loss": every_loss(folder),
+        "the paper's table": papers_table(folder),
     }
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
-@pytest.mark.parametrize("page", ["retrieval", "classification", "comparison", "every loss"])
+@pytest.mark.parametrize(
+    "page", ["retrieval", "classification", "comparison", "every loss", "the paper's table"]
+)
 def test_a_page_is_shown_whole_and_quietly(browser, pages, page, width):
     visit = browser.visit(pages[page], width)
     assert visit.told == []

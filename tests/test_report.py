@@ -42,7 +42,7 @@ from idml_fast.train.report import (
 VOID = {"meta", "link", "img", "br", "hr"}
 NAMES = [name for rows in ROWS.values() for _, name, _ in rows if name != "top_1"]
 # What a metric has whose uncertainty nobody reads.
-ALWAYS = [*NAMES[:7], "ece_distance", "brier_distance"]
+ALWAYS = [*NAMES[: NAMES.index("map") + 1], "ece_distance", "brier_distance"]
 
 
 class Page(HTMLParser):
@@ -129,6 +129,17 @@ def text(told, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(path, *told, seconds=12.3)
     return path.read_text("utf-8")
+
+
+def test_the_table_has_the_ranks_of_the_data_set():
+    found = dict.fromkeys(("recall_at_1", "recall_at_1000", "map_at_r"), 0.5)
+    assert table({"one": found}) == {
+        "Retrieval": [
+            ["Recall@1", "50.0 %"],
+            ["Recall@1000", "50.0 %"],
+            ["MAP@R", "50.0 %"],
+        ]
+    }
 
 
 def test_it_is_well_formed(text):

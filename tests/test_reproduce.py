@@ -14,6 +14,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from idml_fast import cli
+from idml_fast.train import runs
 from idml_fast.train.criterion import LOSSES, TASKS
 from idml_fast.train.outcome import JUDGED, QUALITIES
 from idml_fast.train.reproduce import METRICS, TITLES, Comparison, Row, load_recipe, paper
@@ -140,7 +141,7 @@ def test_the_report_holds_the_tables_and_asks_for_nothing(compared):
 
 def test_a_second_call_trains_nothing(compared, monkeypatch):
     comparison, folder = compared
-    monkeypatch.setattr(module, "run_one", lambda *_: pytest.fail("a run was trained again"))
+    monkeypatch.setattr(runs, "run_one", lambda *_: pytest.fail("a run was trained again"))
     again = module.reproduce("digits", losses=ROWS, seeds=(0, 1), epochs=1, folder=folder)
     assert again.to_csv() == comparison.to_csv()
     assert again.to_text() == comparison.to_text()
@@ -150,7 +151,7 @@ def test_it_goes_on_where_it_stopped(compared, monkeypatch, tmp_path):
     """Stopped in the third of four runs, it trains that one and the last."""
     trained = []
 
-    def run_one(config, metric):
+    def run_one(config, metric, *_):
         if len(trained) == 2:
             raise KeyboardInterrupt
         trained.append((metric, config.run.seed))
@@ -158,7 +159,7 @@ def test_it_goes_on_where_it_stopped(compared, monkeypatch, tmp_path):
 
     options = {"losses": ["contrastive"], "seeds": (0, 1), "epochs": 1, "folder": tmp_path}
     with monkeypatch.context() as patch:
-        patch.setattr(module, "run_one", run_one)
+        patch.setattr(runs, "run_one", run_one)
         with pytest.raises(KeyboardInterrupt):
             module.reproduce("digits", **options)
     done = {path.stem: path.read_bytes() for path in (tmp_path / "contrastive").iterdir()}
@@ -166,12 +167,11 @@ def test_it_goes_on_where_it_stopped(compared, monkeypatch, tmp_path):
     assert not list(tmp_path.glob("**/.*"))
     for metric, seed in [(m, s) for s in (0, 1) for m in METRICS if (m, s) not in trained]:
         results = compared[0].rows[0].results[metric][seed]
-        assert module.run_one(
-            module.configurations("digits", ["contrastive"], [seed], 1, tmp_path)[
-                "contrastive", seed
-            ],
-            metric,
-        ) == pytest.approx(results, nan_ok=True)  # the same seed, the same run
+        config = module.configurations("digits", ["contrastive"], [seed], 1, tmp_path)[
+            "contrastive", seed
+        ]
+        again = runs.run_one(config, metric, f"{metric}-{seed}")
+        assert again == pytest.approx(results, nan_ok=True)  # the same seed, the same run
 
 
 def test_a_run_of_another_configuration_is_refused(compared):
@@ -193,7 +193,10 @@ def test_a_file_that_is_no_run_is_refused(tmp_path, text):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "cub"], "dataset must be one of digits, got cub"),
+        (
+            ["--dataset", "mnist"],
+            "dataset must be digits alone, or different ones of cub, cars, sop, got mnist",
+        ),
         (["--losses", "arcface"], "losses must be different ones of proxy_anchor, proxy_nca"),
         (["--losses", "nca", "nca"], "got ['nca', 'nca']"),
         (["--seeds", "1", "1"], "seeds must be different numbers >= 0, got [1, 1]"),
@@ -225,6 +228,7 @@ def test_the_command_hands_its_arguments_on(monkeypatch):
         "seeds": [4, 5],
         "epochs": 3,
         "folder": "there",
+        "settings": [],
     }
 
 

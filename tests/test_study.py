@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import math
 import signal
@@ -25,13 +24,12 @@ from sklearn.model_selection import train_test_split
 
 from idml_fast import Metric, cli
 from idml_fast.evaluation import CORRUPTIONS
+from idml_fast.train import runs
 from idml_fast.train.config import DataConfig
 from idml_fast.train.data import load_data
-from idml_fast.train.reproduce import Row, load_recipe, path_of
+from idml_fast.train.reproduce import Row, load_recipe
+from idml_fast.train.runs import path_of
 from idml_fast.train.study import CONTESTANTS, MEASURES, NUMBERS, PREFIX, RIVALS, Study, study
-
-# The package's attribute of that name is the function.
-reproduce = importlib.import_module("idml_fast.train.reproduce")
 
 # ------------------------------------------------------------------------------ damaged data
 
@@ -171,7 +169,7 @@ def read_runs(path: Path) -> Study:
 def test_who_is_trained_on_what(monkeypatch, tmp_path):
     seen = {}
 
-    def run_one(config, metric):
+    def run_one(config, metric, *_):
         key = config.name, config.metrics[metric]
         damage = config.data.label_noise, config.data.blurred, config.data.mixed
         assert key not in seen or seen[key] == damage
@@ -179,7 +177,7 @@ def test_who_is_trained_on_what(monkeypatch, tmp_path):
         assert (config.loss.name, config.optim.epochs) == ("proxy_anchor", 15)
         return {"recall_at_1": 0.5}
 
-    monkeypatch.setattr(reproduce, "run_one", run_one)
+    monkeypatch.setattr(runs, "run_one", run_one)
     study("digits", seeds=(3, 4), folder=tmp_path)
     metrics = Metric.plain("cosine"), Metric.paper("cosine"), Metric.official()
     damages = {
@@ -215,7 +213,7 @@ def test_every_run_is_written(studied):
 def test_the_tables_are_written_and_shown(tiny, studied, monkeypatch, capsys):
     outcome, folder = studied
     monkeypatch.setattr("idml_fast.train.study.load_recipe", lambda *_: tiny)
-    monkeypatch.setattr(reproduce, "run_one", lambda *_: pytest.fail("a run was trained again"))
+    monkeypatch.setattr(runs, "run_one", lambda *_: pytest.fail("a run was trained again"))
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     words = f"reproduce --dataset digits --study --seeds 0 1 --epochs 1 --folder {folder}"
     assert cli.main(words.split()) == 0
@@ -227,15 +225,15 @@ def test_the_tables_are_written_and_shown(tiny, studied, monkeypatch, capsys):
 
 
 KILLED = """
-import importlib, os, signal, sys
-reproduce = importlib.import_module("idml_fast.train.reproduce")
+import os, signal, sys
+from idml_fast.train import runs
 done = []
-def run_one(config, metric):
+def run_one(config, metric, *_):
     if len(done) == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     done.append(metric)
     return {"recall_at_1": 0.25}
-reproduce.run_one = run_one
+runs.run_one = run_one
 from idml_fast.train.study import study
 study("digits", seeds=(0, 1), folder=sys.argv[1])
 """
@@ -248,11 +246,11 @@ def test_after_a_kill_it_trains_what_is_left(monkeypatch, tmp_path):
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [first]
     trained = []
 
-    def run_one(config, metric):
+    def run_one(config, metric, *_):
         trained.append((config.name, metric, config.run.seed))
         return {"recall_at_1": 0.75}
 
-    monkeypatch.setattr(reproduce, "run_one", run_one)
+    monkeypatch.setattr(runs, "run_one", run_one)
     outcome = study("digits", seeds=(0, 1), folder=tmp_path)
     assert len(trained) == 5 * 3 * 2 - 1
     assert trained[0] == ("clean", "conventional", 1)

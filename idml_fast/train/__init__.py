@@ -10,5 +10,15 @@ from .config import Config, load_config
 from .loop import run
 from .model import TwoHeaded, load, load_loss
 from .reproduce import reproduce
+from .table import reproduce_table
 
-__all__ = ["Config", "TwoHeaded", "load", "load_config", "load_loss", "reproduce", "run"]
+__all__ = [
+    "Config",
+    "TwoHeaded",
+    "load",
+    "load_config",
+    "load_loss",
+    "reproduce",
+    "reproduce_table",
+    "run",
+]

@@ -15,6 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 from ..metric import Metric
 from .criterion import LOSSES, TASKS, Criterion, own_form
 from .datasets import DOMAINS, NAMES
+from .paper import cells, recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 SHORT = {
@@ -430,14 +431,20 @@ def _in_full(argument: str) -> str:
     return SHORT.get(name, name) + equals + value
 
 
-def config_of(values: dict[str, Any]) -> Config:
+def config_of(values: dict[str, Any], arguments: Sequence[str] = ()) -> Config:
     """The configuration of nested values, as a YAML file has them; what is left out is default.
 
+    Args:
+        arguments: of the command line, such as ``["--optim.lr", "1e-3"]``, which override them.
+
     Raises:
-        TypeError, ValueError: a value does not fit.
+        argparse.ArgumentError, TypeError, ValueError: a value or an argument does not fit.
     """
     parser = _parser("idml-fast", exit_on_error=False)
-    return _config(parser, parser.parse_object(values))
+    if not arguments:
+        return _config(parser, parser.parse_object(values))
+    words = ["--config", yaml.safe_dump(values), *map(_in_full, arguments)]
+    return _config(parser, parser.parse_args(words))
 
 
 def _parser(prog: str, **settings: Any) -> ArgumentParser:
@@ -453,7 +460,8 @@ def _parser(prog: str, **settings: Any) -> ArgumentParser:
         "--config",
         action=_RecipeOrFile,
         metavar="RECIPE",
-        help=f"a YAML file, or the name of a packaged recipe: {', '.join(_recipes())}",
+        help=f"a YAML file, or the name of a packaged recipe: {', '.join(_recipes())}; a cell of "
+        "the paper's table, such as cub_proxy_anchor",
     )
     parser.add_class_arguments(Config)
     return parser
@@ -472,7 +480,9 @@ def _recipes() -> dict[str, str]:
 
 
 class _RecipeOrFile(ActionConfigFile):
-    """``--config`` that also knows the packaged recipes by name."""
+    """``--config`` that also knows the packaged recipes, and the paper's cells, by name."""
 
     def __call__(self, parser, cfg, values, option_string=None):
+        if values in cells():
+            values = yaml.safe_dump(recipe(values))
         super().__call__(parser, cfg, _recipes().get(values, values), option_string)

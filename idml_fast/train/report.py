@@ -38,6 +38,7 @@ from .outcome import JUDGED, QUALITIES, Outcome
 
 if TYPE_CHECKING:
     from .reproduce import Comparison
+    from .table import Table
 
 THUMBNAIL = 96  # pixels of a side, at most: some 150 images are shown
 DRAWN = 1000  # points of a curve, at most
@@ -58,6 +59,11 @@ ROWS = {
         ("Recall@2", "recall_at_2", PERCENT),
         ("Recall@4", "recall_at_4", PERCENT),
         ("Recall@8", "recall_at_8", PERCENT),
+        ("Recall@10", "recall_at_10", PERCENT),
+        ("Recall@20", "recall_at_20", PERCENT),
+        ("Recall@30", "recall_at_30", PERCENT),
+        ("Recall@100", "recall_at_100", PERCENT),
+        ("Recall@1000", "recall_at_1000", PERCENT),
         ("R-precision", "r_precision", PERCENT),
         ("MAP@R", "map_at_r", PERCENT),
         ("mAP", "map", PERCENT),
@@ -116,6 +122,7 @@ def table(results: dict[str, dict[str, float | None]]) -> dict[str, list[list[st
         heading: [
             [title, *(cell(result[name], form) for result in results.values())]
             for title, name, form in rows
+            if name in known
         ]
         for heading, rows in ROWS.items()
         if rows[0][1] in known
@@ -274,6 +281,44 @@ def _differences(comparison: Comparison, task: str, name: str) -> str:
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set(xlabel="percentage points", title=f"Δ {QUALITIES[task][name]}")
     axes.grid(axis="x")
+    return svg(figure)
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Write the report of `idml_fast.train.table`, a file like the one of a run.
+
+    Args:
+        path: of the HTML file.
+        table: ours beside the paper's.
+    """
+    with rc_context(STYLE):
+        page = render(
+            "table.html.j2",
+            table=table,
+            figures={dataset: _beside_theirs(table, dataset) for dataset in table.rows},
+            epochs=sorted({config.optim.epochs for config in table.configs.values()}),
+        )
+    write_text(path, page)
+
+
+def _beside_theirs(table: Table, dataset: str) -> str:
+    """Recall@1 of each loss after the last epoch, ours filled and the paper's hollow."""
+    rows = table.rows[dataset][::-1]
+    figure, axes = drawing(height=1.1 + 0.5 * len(rows))
+    for place, row in enumerate(rows):
+        for metric, up in (("conventional", 0.15), ("introspective", -0.15)):
+            ours = 100 * row.mean(metric, "recall_at_1")[0]
+            theirs = float(table.theirs(dataset, row, metric)["recall_at_1"])
+            color = COLORS[metric]
+            axes.plot([theirs, ours], [place + up] * 2, color=color, linewidth=1)
+            axes.plot(theirs, place + up, "o", color=color, markerfacecolor="white", markersize=5)
+            label = metric if place == 0 else None
+            axes.plot(ours, place + up, "o", color=color, markersize=5, label=label)
+    axes.set_yticks(range(len(rows)), [row.title for row in rows])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set(xlabel="percent", title="Recall@1")
+    axes.grid(axis="x")
+    axes.legend(loc="lower left")  # the paper's last rows have the highest numbers
     return svg(figure)
 
 

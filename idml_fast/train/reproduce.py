@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from scipy.stats import t as student_t
-from tqdm import tqdm
 
-from .config import RECIPES, Config, config_of
+from .config import RECIPES, Config
 from .criterion import SettingsError
-from .data import load_data
-from .folder import described, difference, to_json, write_text
-from .loop import train
-from .outcome import JUDGED, QUALITIES, evaluate
-from .processes import Processes, accelerator_of
+from .folder import write_text
+from .outcome import JUDGED, QUALITIES
+from .paper import NAMES, merged, published
 from .report import write_comparison
+from .runs import Results, chosen, over, results_of, seeded, written
 
 PREFIX = "reproduce_"  # of a recipe's file
 METRICS = ("conventional", "introspective")
@@ -54,9 +48,6 @@ NUMBERS = (
     *("unc_norm_mean", "unc_norm_std", "unc_grad_norm"),
     *UNCERTAINTIES,
 )
-PAPER = Path(__file__).parent / "paper.csv"
-Run = tuple[str, str, int]  # the row, with which metric, the seed
-Results = dict[str, float | None]  # the numbers of a run; None for what its metric lacks
 
 
 @dataclass(frozen=True)
@@ -175,8 +166,8 @@ class Comparison:
 
     def table(self, task: str) -> list[list[str]]:
         """The head and the rows of a task's table, as text."""
-        published = paper()
-        sets = dict.fromkeys(data for (_, _, data), _ in published.items() if task_of(data) == task)
+        theirs = paper()
+        sets = dict.fromkeys(data for (_, _, data), _ in theirs.items() if task_of(data) == task)
         first, *others = QUALITIES[task].items()
         head = ["loss", "metric", first[1], *(f"paper: {data}" for data in sets)]
         head += [short for _, short in others]
@@ -185,7 +176,7 @@ class Comparison:
         for row in self.of(task):
             for metric in METRICS:
                 cells = [percent(*row.mean(metric, first[0]))]
-                cells += [published.get((row.name, metric, data), "") for data in sets]
+                cells += [theirs.get((row.name, metric, data), "") for data in sets]
                 cells += [percent(*row.mean(metric, name)) for name, _ in others]
                 if metric == "introspective":
                     cells += [percent(*row.difference(name), signed=True) for name in JUDGED[task]]
@@ -197,8 +188,8 @@ class Comparison:
     def to_csv(self) -> str:
         """The tables as shares, not percent: a line for each loss and metric, with mean and
         standard deviation, the differences and half of their 95 % intervals, the paper's number."""
-        published = paper()
-        sets = list(dict.fromkeys(data for _, _, data in published))
+        theirs = paper()
+        sets = list(dict.fromkeys(data for _, _, data in theirs))
         judged = [name for names in JUDGED.values() for name in names]
         head = ["dataset", "loss", "task", "metric", "seeds"]
         head += [f"{name}_{what}" for name in NUMBERS for what in ("mean", "std")]
@@ -212,8 +203,8 @@ class Comparison:
                     cells += row.difference(name) if introspective else (np.nan, np.nan)
                 shown = ["" if np.isnan(x) else float(x) for x in cells]
                 about = [self.dataset, row.name, row.task, metric, len(self.seeds)]
-                theirs = [published.get((row.name, metric, data)) for data in sets]
-                lines.append([*about, *shown, *(x and round(float(x) / 100, 6) for x in theirs)])
+                shares = [theirs.get((row.name, metric, data)) for data in sets]
+                lines.append([*about, *shown, *(x and round(float(x) / 100, 6) for x in shares)])
         return written(lines)
 
     def runs_to_csv(self) -> str:
@@ -234,12 +225,13 @@ def reproduce(
     seeds: Sequence[int] = (0, 1, 2),
     epochs: int | None = None,
     folder: str | Path = "runs/reproduce",
+    settings: Sequence[str] = (),
 ) -> Comparison:
     """Train every loss with both metrics and every seed, and write the table.
 
     A run is written as soon as it is done, to ``<folder>/<loss>/<metric>-<seed>.json``; a second
-    call goes on where the first one stopped. At the end there are the table, ``reproduce.txt``,
-    ``reproduce.csv`` and ``report.html``, and ``runs.csv`` with every run.
+    call goes on where the first one stopped, also within a run. At the end there are the table,
+    ``reproduce.txt``, ``reproduce.csv`` and ``report.html``, and ``runs.csv`` with every run.
 
     Args:
         dataset: which comparison: a recipe ``reproduce_<dataset>.yaml``.
@@ -247,13 +239,16 @@ def reproduce(
         seeds: of the weights, the order of the images and, in classification, their split.
         epochs: of every run; None: as the recipe says.
         folder: where it is written.
+        settings: of ``idml-fast train``, for every run, such as ``["--optim.lr", "1e-3"]``.
 
     Raises:
         SettingsError: an argument does not fit; the message says which, and what would.
         FileExistsError: the folder holds a run of another configuration.
+        Interrupted: SIGTERM or SIGINT has come.
+        RunError: a checkpoint is damaged, or of another run.
     """
     folder = Path(folder)
-    configs = configurations(dataset, losses, seeds, epochs, folder)
+    configs = configurations(dataset, losses, seeds, epochs, folder, settings)
     found = results_of(
         {
             (name, metric, seed): (config, metric)
@@ -279,32 +274,6 @@ def reproduce(
     return comparison
 
 
-def results_of(runs: dict[Run, tuple[Config, str]], folder: Path) -> dict[Run, Results]:
-    """The results of all runs; those that are not in the folder are trained, and written each as
-    soon as it is done.
-
-    Args:
-        runs: the configuration of each, and which of its metrics is trained.
-        folder: of the comparison.
-
-    Raises:
-        FileExistsError: the folder holds a run of another configuration.
-    """
-    # All are looked at before the first is trained.
-    found = {run: read(path_of(folder, *run), config) for run, (config, _) in runs.items()}
-    missing = [run for run, results in found.items() if results is None]
-    with tqdm(missing, unit="run", disable=None) as progress:
-        for run in progress:
-            progress.set_description("{}, {}, seed {}".format(*run))
-            config, metric = runs[run]
-            found[run] = run_one(config, metric)
-            done = {"config": described(config), "results": found[run]}
-            path = path_of(folder, *run)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, to_json(done, indent=1) + "\n")
-    return found
-
-
 def load_recipe(dataset: str, prefix: str = PREFIX) -> dict[str, Any]:
     """The packaged comparison of that name: ``common`` settings, and those of each of its rows.
 
@@ -323,111 +292,29 @@ def configurations(
     seeds: Sequence[int],
     epochs: int | None,
     folder: Path,
+    settings: Sequence[str] = (),
 ) -> dict[tuple[str, int], Config]:
     """The configuration of every row and seed; arguments and errors are those of `reproduce`."""
     recipe = load_recipe(dataset)
     rows = recipe["rows"]
-    losses = list(rows) if losses is None else list(losses)
-    unknown = [name for name in losses if name not in rows]
-    if unknown or not losses or len(set(losses)) < len(losses):
-        got = unknown[0] if unknown else losses
-        raise SettingsError(f"losses must be different ones of {', '.join(rows)}, got {got}")
     found = {}
-    for name in losses:
-        values = merged(recipe["common"], rows[name])
-        for seed, config in seeded(name, values, seeds, epochs, folder).items():
+    for name in chosen("losses must be", losses, list(rows)):
+        values = merged(merged(recipe["common"], rows[name]), {"name": name})
+        for seed, config in seeded(values, seeds, epochs, folder, settings).items():
             found[name, seed] = config
     return found
 
 
-def over(seeds: Sequence[int]) -> str:
-    """In words, what a cell of a table is."""
-    return f"mean ± standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "of one seed"
-
-
-def seeded(
-    name: str, values: dict[str, Any], seeds: Sequence[int], epochs: int | None, folder: Path
-) -> dict[int, Config]:
-    """The configuration of nested values for every seed; errors are those of `reproduce`."""
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise SettingsError(f"seeds must be different numbers >= 0, got {list(seeds)}")
-    if epochs is not None and epochs < 1:
-        raise SettingsError(f"epochs must be >= 1, got {epochs}")
-    if epochs is not None:
-        values = merged(values, {"optim": {"epochs": epochs}})
-    runs = {seed: {"seed": int(seed), "folder": str(folder)} for seed in seeds}
-    return {
-        seed: config_of(merged(values, {"name": name, "run": run})) for seed, run in runs.items()
-    }
-
-
-def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Both, the second where they differ."""
-    both = {**first, **second}
-    for key in first.keys() & second.keys():
-        if isinstance(first[key], dict) and isinstance(second[key], dict):
-            both[key] = merged(first[key], second[key])
-    return both
-
-
-def run_one(config: Config, metric: str) -> Results:
-    """Train one network, and what it is worth after its last epoch."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.run.threads or threads)
-    try:
-        processes = Processes(accelerator_of(config))
-        data = load_data(config.data, config.run.seed)
-        lines: list[dict[str, Any]] = []
-        learned = config.metrics[metric]
-        trained = train(processes, config, data, metric, learned, lines.append, watch=False)
-        return evaluate(*trained, config, data, lines, processes).results
-    finally:
-        torch.set_num_threads(threads)
-
-
-def path_of(folder: Path, name: str, metric: str, seed: int) -> Path:
-    """The file of one run."""
-    return folder / name / f"{metric}-{seed}.json"
-
-
-def read(path: Path, config: Config) -> Results | None:
-    """The results of a run that is done; None if it is not.
-
-    Raises:
-        FileExistsError: the file is of another configuration.
-    """
-    if not path.exists():
-        return None
-    try:
-        done = json.loads(path.read_text("utf-8"))
-        before, results = done["config"], done["results"]
-    except (ValueError, KeyError, TypeError):
-        raise FileExistsError(f"{path} is no result of a run; remove it or its folder") from None
-    if before != described(config):
-        told = difference(before, described(config))
-        raise FileExistsError(f"{path} holds {told}; choose another --folder, or remove that one")
-    return results
-
-
 def paper() -> dict[tuple[str, str, str], str]:
     """The paper's Recall@1 (top-1 of a classification) in percent, by row, metric and data set."""
-    with PAPER.open(encoding="utf-8", newline="") as file:
-        return {
-            (line["row"], line["metric"], line["data"]): line["recall_at_1"] or line["top_1"]
-            for line in csv.DictReader(file)
-        }
-
-
-def written(lines: list[list[Any]]) -> str:
-    """Lines as CSV; None is an empty cell."""
-    buffer = StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(lines)
-    return buffer.getvalue()
+    return {
+        key: numbers.get("recall_at_1") or numbers["top_1"] for key, numbers in published().items()
+    }
 
 
 def task_of(data: str) -> str:
     """What the paper does with a data set."""
-    return "retrieval" if data in ("CUB", "Cars", "SOP") else "classification"
+    return "retrieval" if data in NAMES.values() else "classification"
 
 
 def percent(middle: float, spread: float, signed: bool = False) -> str:

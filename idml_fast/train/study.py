@@ -15,7 +15,9 @@ from scipy.stats import false_discovery_control, ttest_rel
 from ..evaluation import CORRUPTIONS
 from ..metric import Metric
 from .folder import write_text
-from .reproduce import Results, load_recipe, merged, over, results_of, seeded, written
+from .paper import merged
+from .reproduce import load_recipe
+from .runs import Results, over, results_of, seeded, written
 
 PREFIX = "study_"  # of a recipe's file
 # Who takes part: the settings, and which metric of the configuration is trained.
@@ -228,14 +230,16 @@ def study(
     Raises:
         SettingsError: an argument does not fit; the message says which, and what would.
         FileExistsError: the folder holds a run of another configuration.
+        Interrupted: SIGTERM or SIGINT has come.
+        RunError: a checkpoint is damaged, or of another run.
     """
     folder = Path(folder)
     recipe = load_recipe(dataset, PREFIX)
     runs = {}
     for condition, damage in recipe["conditions"].items():
         for contestant, (settings, metric) in CONTESTANTS.items():
-            values = merged(merged(recipe["common"], damage), settings)
-            for seed, config in seeded(condition, values, seeds, epochs, folder).items():
+            values = merged(merged(recipe["common"], damage), settings | {"name": condition})
+            for seed, config in seeded(values, seeds, epochs, folder).items():
                 runs[condition, contestant, seed] = config, metric
     found = results_of(runs, folder)
     results: dict[tuple[str, str], list[Results]] = {}
