@@ -28,6 +28,7 @@ from idml_fast.train.loop import check
 from idml_fast.train.processes import Processes
 
 HERE = Path(__file__).parent
+METRICS = "conventional", "introspective"
 
 # What each process does: trains, in float64, both metrics of every configuration, and writes what
 # they have learned. Its arguments: a file of configurations, the folder to write to.
@@ -91,6 +92,14 @@ from idml_fast import cli
 if os.environ["RANK"] == "1":
     test_checkpoint.after(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
 sys.exit(cli.main(["train", "--config", sys.argv[2]]))
+"""
+
+# The command with these arguments.
+COMMAND = """
+import sys
+from idml_fast import cli
+
+sys.exit(cli.main(sys.argv[2:]))
 """
 
 
@@ -167,7 +176,7 @@ def learned(root, tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("metric", ["conventional", "introspective"])
+@pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     ("case", "count"),
     [("proxies", 2), ("mixed", 2), ("mixed", 3), ("groups", 2), ("classes", 2), ("images", 2)],
@@ -213,6 +222,18 @@ def test_a_signal_to_one_stops_all_and_the_command_goes_on(root, tmp_path):
     for metric, numbers in expected.items():
         for name in ("recall_at_1", "map_at_r", "mrr"):
             assert results[metric][name] == pytest.approx(numbers[name], abs=0.01), name
+
+
+def test_they_compare_losses(tmp_path):
+    asked = ["--dataset", "digits", "--loss", "contrastive", "--seeds", "0", "--epochs", "1"]
+    words = ["reproduce", *asked, "--folder"]
+    done = launched(2, COMMAND, *words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Contrastive") == 1  # the table is printed once
+    results = [tmp_path / "contrastive" / f"{metric}-0.json" for metric in METRICS]
+    assert all(json.loads(path.read_text())["results"]["recall_at_1"] > 0.3 for path in results)
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == ["contrastive", "report.html", "reproduce.csv", "reproduce.txt", "runs.csv"]
 
 
 # ------------------------------------------------------------------------------ shares

@@ -519,17 +519,6 @@ def test_what_does_not_fit_is_one_sentence(birds, capsys, tmp_path, arguments, m
     assert not (tmp_path / "none").exists()
 
 
-def test_several_processes_are_refused(birds, tmp_path, capsys, monkeypatch):
-    class Several(runs.Processes):
-        def __init__(self, accelerator):
-            super().__init__(accelerator)
-            self.count = 2
-
-    monkeypatch.setattr(runs, "Processes", Several)
-    assert cli.main(words(birds, tmp_path)) == 1
-    assert "must be one process, got several" in capsys.readouterr().err
-
-
 def test_a_root_must_be_given(capsys, tmp_path):
     told = ["reproduce", "--dataset", "cub", "sop", "--folder", str(tmp_path / "none")]
     assert cli.main(told) == 1

@@ -20,6 +20,7 @@ pytest.importorskip("accelerate", reason="the extra idml_fast[train] is not inst
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 
 from idml_fast import Metric, backend, losses
 from idml_fast.evaluation import CORRUPTIONS
@@ -323,6 +324,30 @@ def test_mixed_precision(tmp_path):
     assert sem.dtype == unc.dtype == torch.float32  # what the loss is given
     assert torch.equal(unc, unc.bfloat16().float())  # what the network computed in
     assert lines[-1]["loss"] > 0
+
+
+def test_a_batch_in_parts_learns_the_same(tmp_path):
+    config = tiny(tmp_path, loss=LossConfig(name="multi_similarity", memory=200), mix="mixup")
+    whole, lines = trained(config, config.metrics["introspective"])
+    in_parts = replace(config, optim=replace(config.optim, accumulation=4))
+    model, told = trained(in_parts, config.metrics["introspective"])
+    assert told[0]["loss"] == pytest.approx(lines[0]["loss"], rel=1e-4)
+    for one, other in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
+
+
+def test_a_compiled_backbone_learns_the_same(tmp_path):
+    config = tiny(tmp_path, optim=OptimConfig(epochs=1, lr=1e-3))
+    plain, lines = trained(config, config.metrics["introspective"])
+    compiled = replace(config, run=replace(config.run, compile=True))
+    torch._dynamo.reset()
+    counters.clear()
+    model, told = trained(compiled, config.metrics["introspective"])
+    assert counters["stats"]["unique_graphs"] > 0
+    assert told[0]["loss"] == pytest.approx(lines[0]["loss"], rel=1e-4)
+    assert model.state_dict().keys() == plain.state_dict().keys()  # its file is like any other
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

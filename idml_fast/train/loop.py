@@ -219,7 +219,8 @@ def build(config: Config, data: Data, metric: Metric) -> tuple[TwoHeaded, Criter
     model.unc.requires_grad_(metric.reads_unc)
     model.parts = config.optim.accumulation
     if config.run.compile:
-        model.trunk.compile()
+        # Not Module.compile(), which leaves a network alone whose class is one of PyTorch's.
+        model.trunk.forward = torch.compile(model.trunk.forward)
     return model, config.criterion(metric, data.num_classes)
 
 

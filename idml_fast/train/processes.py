@@ -172,6 +172,11 @@ class Processes:
             )
 
 
+def is_main() -> bool:
+    """Whether this is the process that writes, or the only one."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def leave() -> None:
     """The processes part: one that ends without it may abort."""
     if dist.is_initialized():

@@ -17,6 +17,7 @@ from .criterion import SettingsError
 from .folder import write_text
 from .outcome import JUDGED, QUALITIES
 from .paper import NAMES, merged, published
+from .processes import is_main
 from .report import write_comparison
 from .runs import Results, chosen, over, results_of, seeded, written
 
@@ -266,11 +267,12 @@ def reproduce(
         for name in dict.fromkeys(name for name, _ in configs)
     ]
     comparison = Comparison(dataset, tuple(seeds), rows, list(configs.values()))
-    write_text(folder / "reproduce.txt", comparison.to_text() + "\n")
-    write_text(folder / "reproduce.csv", comparison.to_csv())
-    write_text(folder / "runs.csv", comparison.runs_to_csv())
-    write_comparison(folder / "report.html", comparison)
-    print(f"\n{comparison.to_text()}\n\n{folder / 'report.html'}")
+    if is_main():
+        write_text(folder / "reproduce.txt", comparison.to_text() + "\n")
+        write_text(folder / "reproduce.csv", comparison.to_csv())
+        write_text(folder / "runs.csv", comparison.runs_to_csv())
+        write_comparison(folder / "report.html", comparison)
+        print(f"\n{comparison.to_text()}\n\n{folder / 'report.html'}")
     return comparison
 
 

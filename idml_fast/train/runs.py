@@ -23,7 +23,7 @@ from .folder import CHECKPOINTS, described, difference, flat, to_json, write_tex
 from .loop import train
 from .outcome import evaluate
 from .paper import merged
-from .processes import Processes, accelerator_of
+from .processes import Processes, accelerator_of, is_main
 from .tracking import tracked
 
 # What a run is called by: no argument of the command line may change it.
@@ -103,36 +103,22 @@ def results_of(
     # All are looked at before the first is trained.
     found = {run: read(path_of(folder, *run), config) for run, (config, _) in runs.items()}
     missing = [run for run, results in found.items() if results is None]
-    with tqdm(missing, unit="run", disable=None) as progress:
+    with tqdm(missing, unit="run", disable=None if is_main() else True) as progress:
         for run in progress:
             progress.set_description("{}, {}, seed {}".format(*run))
             config, metric = runs[run]
             path = path_of(folder, *run)
             path.parent.mkdir(parents=True, exist_ok=True)
             found[run] = run_one(config, metric, path.stem, watch)
-            done = {"config": described(config), "results": found[run]}
-            write_text(path, to_json(done, indent=1) + "\n")
-            remove_checkpoints(path)
+            if is_main():
+                done = {"config": described(config), "results": found[run]}
+                write_text(path, to_json(done, indent=1) + "\n")
+                remove_checkpoints(path)
     return found
 
 
-def alone(config: Config) -> Processes:
-    """This process, on the device of the configuration.
-
-    Raises:
-        SettingsError: there are several.
-    """
-    processes = Processes(accelerator_of(config))
-    if processes.count > 1:
-        raise SettingsError(
-            "idml-fast reproduce must be one process, got several: what they learn together is one "
-            "run, that of idml-fast train --config CELL"
-        )
-    return processes
-
-
 def run_one(config: Config, metric: str, name: str, watch: bool = False) -> Results:
-    """Train one network, and what it is worth after its last epoch.
+    """Train one network, and what it is worth after its last epoch, in all processes.
 
     Args:
         metric: of the configuration.
@@ -144,15 +130,16 @@ def run_one(config: Config, metric: str, name: str, watch: bool = False) -> Resu
     threads = torch.get_num_threads()
     torch.set_num_threads(config.run.threads or threads)
     try:
-        processes = alone(config)
+        processes = Processes(accelerator_of(config))
         data = load_data(config.data, config.run.seed)
         lines: list[dict[str, Any]] = []
         arguments = processes, config, data, name, config.metrics[metric], lines.append, watch
         with tracked(processes.accelerator, config, name):
             trained = train(*arguments, Checkpoints(config, data, name, processes))
-        results = evaluate(*trained, config, data, lines, processes).results
+        outcome = evaluate(*trained, config, data, lines, processes)
         processes.accelerator.free_memory()
-        return results | best_of(lines) if watch else results
+        found = outcome and outcome.results | (best_of(lines) if watch else {})
+        return processes.of_main(found)
     finally:
         torch.set_num_threads(threads)
 

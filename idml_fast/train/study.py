@@ -16,6 +16,7 @@ from ..evaluation import CORRUPTIONS
 from ..metric import Metric
 from .folder import write_text
 from .paper import merged
+from .processes import is_main
 from .reproduce import load_recipe
 from .runs import Results, over, results_of, seeded, written
 
@@ -248,10 +249,11 @@ def study(
     outcome = Study(dataset, tuple(seeds), results)
     versions = ", ".join(f"{name} {version(name)}" for name in ("idml_fast", "torch"))
     text = f"{outcome.to_markdown()}\n\n{versions}\n"
-    write_text(folder / "study.md", text)
-    write_text(folder / "study.csv", outcome.to_csv())
-    write_text(folder / "study_runs.csv", outcome.runs_to_csv())
-    print(f"\n{text}\n{folder / 'study.md'}")
+    if is_main():
+        write_text(folder / "study.md", text)
+        write_text(folder / "study.csv", outcome.to_csv())
+        write_text(folder / "study_runs.csv", outcome.runs_to_csv())
+        print(f"\n{text}\n{folder / 'study.md'}")
     return outcome
 
 

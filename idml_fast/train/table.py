@@ -15,9 +15,10 @@ from .data import load_data
 from .folder import flat, write_text
 from .loop import check
 from .paper import NAMES, cells, merged, published, recipe
+from .processes import Processes, accelerator_of, is_main
 from .report import write_table
 from .reproduce import METRICS, Row, percent
-from .runs import alone, chosen, over, results_of, seeded, written
+from .runs import chosen, over, results_of, seeded, written
 
 SETS = {"cub": "CUB-200-2011", "cars": "Cars196", "sop": "Stanford Online Products"}
 NUMBERS = {
@@ -202,7 +203,7 @@ def reproduce_table(
     configs = configurations(datasets, data_root, losses, seeds, epochs, folder, settings)
     first = {cell: by_seed[seeds[0]] for cell, by_seed in configs.items()}
     remarks = [*looked_at(first), *changes(first)]
-    for remark in remarks:
+    for remark in remarks if is_main() else ():
         print(f"idml-fast: {remark}")
     runs = {
         (cell, metric, seed): (config, metric)
@@ -217,11 +218,12 @@ def reproduce_table(
         results = {metric: [found[cell, metric, seed] for seed in seeds] for metric in METRICS}
         rows.setdefault(dataset, []).append(Row(loss, "retrieval", results))
     table = Table(tuple(seeds), rows, first, tuple(remarks))
-    write_text(folder / "reproduce.txt", table.to_text() + "\n")
-    write_text(folder / "reproduce.csv", table.to_csv())
-    write_text(folder / "runs.csv", table.runs_to_csv())
-    write_table(folder / "report.html", table)
-    print(f"\n{table.to_text()}\n\n{folder / 'report.html'}")
+    if is_main():
+        write_text(folder / "reproduce.txt", table.to_text() + "\n")
+        write_text(folder / "reproduce.csv", table.to_csv())
+        write_text(folder / "runs.csv", table.runs_to_csv())
+        write_table(folder / "report.html", table)
+        print(f"\n{table.to_text()}\n\n{folder / 'report.html'}")
     return table
 
 
@@ -264,7 +266,7 @@ def looked_at(configs: dict[str, Config]) -> list[str]:
         metric = config.metrics["introspective"]
         if config.data.name not in counts:
             data = load_data(config.data, config.run.seed)
-            check(config, data, alone(config))
+            check(config, data, Processes(accelerator_of(config)))
             counts[config.data.name] = data.num_classes
             remarks += data.remarks
         config.criterion(metric, counts[config.data.name])
