@@ -78,7 +78,7 @@ class Processes:
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
         if self.count > 1:
             # For what is decided on the CPU: a GPU need not catch up for it.
-            self._on_cpu = dist.new_group(backend="gloo")
+            self._on_cpu = dist.new_group(backend="gloo", timeout=PATIENCE)
             atexit.register(leave)
 
     def prepare(
