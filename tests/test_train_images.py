@@ -144,15 +144,14 @@ def test_a_test_image_is_resized_and_its_centre_cut_out(birds):
     np.testing.assert_allclose(255 * data.test[2][0].movedim(0, 2), wanted, atol=0.01)
 
 
-def test_training_images_vary_and_test_images_do_not(birds):
+def test_training_images_vary_and_test_images_do_not(birds, tmp_path):
     data = load_data(tiny(Path(), birds).data)
     assert not torch.equal(data.train[3][0], data.train[3][0])
     assert torch.equal(data.test[3][0], data.test[3][0])
-    varied, plain = transforms(36, 32)
-    image = Image.new("RGB", (100, 60), (255, 128, 0))
-    for transform in (varied, plain):
+    Image.new("RGB", (100, 60), (255, 128, 0)).save(tmp_path / "orange.png")
+    for transform in transforms(36, 32):
         wanted = torch.tensor([1, 128 / 255, 0])[:, None, None].expand(3, 32, 32)
-        torch.testing.assert_close(transform(image), wanted)
+        torch.testing.assert_close(transform(tmp_path / "orange.png"), wanted)
 
 
 def test_seeded_images_vary_by_epoch_and_place_alone(birds):
