@@ -129,7 +129,7 @@ def test_images_are_squares_in_0_to_1_and_as_large_as_the_network_wants(birds):
             assert 0 <= image.min() < image.max() <= 1
             assert label in range(4)
     assert data.test_labels.tolist() == [x for x in range(4) for _ in range(10)]
-    assert data.classes == tuple(f"{x + 101}.Bird_{x}" for x in range(4, 8))
+    assert data.classes == tuple(f"Bird {x}" for x in range(4, 8))
     assert re.search(PUBLISHED, data.remarks[0])
 
 
