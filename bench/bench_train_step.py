@@ -32,9 +32,10 @@ if "torchvision" not in sys.modules:
 pytest.importorskip("torchvision", reason="the extra idml_fast[vision] is not installed")
 pytest.importorskip("timm", reason="the extra idml_fast[vision] is not installed")
 pytest.importorskip("accelerate", reason="the extra idml_fast[train] is not installed")
-pml = pytest.importorskip("pytorch_metric_learning.losses", reason="the peer is not installed")
+pytest.importorskip("pytorch_metric_learning", reason="the peer is not installed")
 
 from PIL import Image
+from pytorch_metric_learning import losses as pml
 from sklearn.preprocessing import label_binarize
 from torchvision.transforms import v2
 
@@ -44,6 +45,7 @@ from idml_fast.train.images import Images
 from idml_fast.train.model import TwoHeaded
 from idml_fast.train.vision import transforms
 
+METRIC = Metric.paper("cosine")
 BATCH = 120
 PROXIES = {"CUB-200-2011": 100, "Stanford Online Products": 11_318}
 SMALL, LARGE = ("test_resnet", 64), ("resnet50", 224)  # networks, and the side of their images
@@ -159,7 +161,7 @@ def steps(
     *,
     backbone: str,
     side: int,
-    metric: Metric = Metric.paper("cosine"),
+    metric: Metric = METRIC,
 ) -> race.Contestants:
     """Forward, backward and AdamW; each has a copy of the network."""
     torch.manual_seed(0)
@@ -230,7 +232,7 @@ class Usual(Dataset):
 
 @cache
 def photographs(width: int, height: int) -> TemporaryDirectory:
-    """Files of noise at every scale, the coarser the stronger, as in nature; about a quarter of a byte a
+    """Files of noise at every scale, the coarser the stronger, as in nature: a quarter of a byte a
     pixel as JPEG. They last as long as the process."""
     folder = TemporaryDirectory()
     for number, path in enumerate(PATHS):

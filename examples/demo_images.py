@@ -1,8 +1,8 @@
 """Training on image files, stopped and resumed: learn the digits 0 to 4, find the unseen 5 to 9.
 
 The digits of scikit-learn are written as PNG files, in the layout of CUB-200-2011, whose classes up
-to 100 are learned and whose others are retrieved. A small network of timm learns them. It is stopped
-by SIGTERM half way, as by a machine that is needed elsewhere, and the same command goes on.
+to 100 are learned and whose others are retrieved. A small network of timm learns them. It is
+stopped by SIGTERM half way, as where a machine is needed elsewhere, and the same command goes on.
 """
 
 import argparse

@@ -15,8 +15,8 @@ import torch
 
 
 def define_missing_operators() -> None:
-    """Define the operators that torchvision's Python code describes, if its own do not load and they
-    are not yet defined."""
+    """Define the operators that torchvision's Python code describes, if its own do not load and
+    nobody has defined them yet."""
     found = find_spec("torchvision")
     if found is None:
         return

@@ -18,8 +18,8 @@ from .datasets import DataError, Listing
 if TYPE_CHECKING:
     from torchvision.transforms import v2
 
-# Along either side, pixels of a part that is resized for one of the result. With 2 that is off by
-# 0.2 grey levels on average, and by 7 at most; with 1, in three quarters of the time, by 0.7 and 11.
+# Along either side, pixels of a part that is resized for one of the result. With 2 that is 0.2 grey
+# levels off on average, and 7 at most; with 1, in three quarters of the time, 0.7 and 11.
 ENOUGH = 2
 # What turns an image upright, by its EXIF orientation. `ImageOps.exif_transpose` also writes the
 # EXIF data anew, and fails where these are broken.
@@ -116,10 +116,11 @@ def load_image(path: str | Path, at_least: int | None = None) -> Image.Image:
 def load_part(path: str | Path, crop: v2.RandomResizedCrop) -> Image.Image:
     """``crop(load_image(path))``, sooner: the part is drawn before the image is decoded.
 
-    A JPEG is decoded at half, a quarter or an eighth of its size, as long as the part keeps `ENOUGH`
-    pixels for one of the result, and the part is resized without being copied first. For a result
-    of 224 x 224 a photograph of 1600 x 1200 takes half as long, one of 500 x 375, whose parts are
-    not that large, 0.9 of the time. At its edges the result also knows what was beside them.
+    A JPEG is decoded at half, a quarter or an eighth of its size, as long as the part keeps
+    `ENOUGH` pixels for one of the result, and the part is resized without being copied first. To
+    learn 224 x 224 of it, a photograph of 1600 x 1200 takes 0.5 to 0.8 of the time, one of
+    500 x 375, whose parts are not that large, 0.9 to 1. At its edges the result also knows what was
+    beside them.
 
     Args:
         path: of the file.
