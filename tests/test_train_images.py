@@ -392,6 +392,19 @@ def test_a_network_without_a_feature_map_pools_by_itself():
     assert model.features(torch.rand(2, 3, 64, 64)).shape == (2, 64)
 
 
+@pytest.mark.parametrize("side", [8, 30, 224])
+def test_the_heads_of_the_small_network_stay_small(side):
+    model = TwoHeaded(ModelConfig(width=8, sem_dim=4, unc_dim=2), 3, (side, side))
+    assert model.sem.in_features == 2 * 8 * 2 * 2
+    map_ = model.trunk[:-2](images := torch.rand(2, 3, side, side))
+    assert map_.shape == (2, 16, side // 4, side // 4)
+    if side == 8:  # the map itself
+        assert torch.equal(model.features(images), map_.flatten(1))
+    if side == 224:
+        quarters = map_.unflatten(3, (2, -1)).unflatten(2, (2, -1)).mean((3, 5))
+        torch.testing.assert_close(model.features(images), quarters.flatten(1))
+
+
 def norms(model: TwoHeaded) -> dict[str, torch.Tensor]:
     """All that the batch norms have."""
     found = {}
