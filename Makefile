@@ -1,10 +1,11 @@
 # Everything from nothing: Python >= 3.10, a C++ compiler and make are all that has to be there.
 #
-#   make demo       train on the bundled handwritten digits and write runs/demo/report.html
-#   make test       all tests
-#   make bench      ours beside its peers, in a table
-#   make gpu-check  on a machine with a GPU: tests, compute-sanitizer, benchmarks; no network
-#   make lint       what has to hold before a commit; `make format` mends most of it
+#   make demo         train on the bundled handwritten digits and write runs/demo/report.html
+#   make demo-images  the same from image files, stopped and resumed; runs/demo-images/report.html
+#   make test         all tests
+#   make bench        ours beside its peers, in a table
+#   make gpu-check    on a machine with a GPU: tests, compute-sanitizer, benchmarks; no network
+#   make lint         what has to hold before a commit; `make format` mends most of it
 #
 # PYTHON chooses the interpreter, ARGS goes to pytest: make bench ARGS="--check --record"
 # IDML_FAST_CUDA_ARCHS chooses the GPUs to compile for, where there is nvcc; none saves minutes.
@@ -16,10 +17,14 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 NATIVE := $(wildcard csrc/*.* kernels/*/*.h kernels/*/*.cpp kernels/*/*.cuh kernels/*/*.cu)
 
-.PHONY: demo test bench gpu-check lint format
+.PHONY: demo demo-images test bench gpu-check lint format
 
 demo: $(INSTALLED)
 	$(BIN)/idml-fast train --name demo --run.overwrite true
+
+# Its usual wheel of torchvision cannot be imported beside a torch for CPUs alone.
+demo-images: $(INSTALLED)
+	$(BIN)/python tests/any_torchvision.py examples/demo_images.py
 
 # Two tests at a time with a thread each: many of them interpret kernels, one step after the other.
 test: $(INSTALLED)
@@ -75,5 +80,5 @@ $(INSTALLED): constraints.txt pyproject.toml setup.py CMakeLists.txt $(wildcard 
 		$(NATIVE) | $(BIN)/python
 	@echo "installing into .venv: the first time this takes a few minutes"
 	$(BIN)/python -m pip install --quiet -c constraints.txt --build-constraint constraints.txt \
-		-e '.[train,test,bench,lint]'
+		-e '.[train,vision,test,bench,lint]'
 	touch $@

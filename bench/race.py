@@ -78,6 +78,9 @@ class Case:
     # most that ours may take.
     floor_bar: float | None = None
     choice: Choice | None = None
+    # Of one call, if it trains, or reads what is trained with. Where the network alone is among the
+    # peers, as "network", what is beyond its time is the loss's.
+    images: int | None = None
 
     def flop_of(self, who: str) -> float:
         return self.product_flop if who == "product" else self.flop
@@ -109,6 +112,11 @@ class Result:
         return statistics.median(
             ours / max(product * share, store) for ours, product, store in rounds
         )
+
+    def loss_share(self, who: str) -> float:
+        """What the loss takes of a training step."""
+        rounds = zip(self.seconds["network"], self.seconds[who], strict=True)
+        return statistics.median(1 - network / other for network, other in rounds)
 
     def gain(self) -> float | None:
         """How many times as fast as the backend beside it ours is; None where that has no time."""
@@ -307,6 +315,10 @@ def table(results: list[Result]) -> str:
             notes = [bar and f"{bar}: {'met' if met else 'MISSED'}"]
             if who == "product":
                 notes.insert(0, f"ours reach {result.share():.0%} of its rate")
+            if result.case.images is not None:
+                notes.append(f"{result.case.images / median:.0f} images/s")
+                if "network" in result.seconds and who != "network":
+                    notes.append(f"the loss {result.loss_share(who):.1%}")
             if result.is_chosen() and who == result.case.choice.peer:
                 notes.append(f"ours are {result.gain():.2f} times as fast: to be chosen")
             lines.append(
@@ -314,7 +326,7 @@ def table(results: list[Result]) -> str:
                     who,
                     milliseconds(median),
                     spread(seconds),
-                    f"{rate:.3f}" if rate < 100 else f"{rate:.0f}",
+                    (f"{rate:.3f}" if rate < 100 else f"{rate:.0f}") if rate else "",
                     f"{result.extra[who] / MIB:.1f}" if who in result.extra else "",
                     f"{result.ratio(who):.2f}" if who != "ours" else "",
                     ", ".join(filter(None, notes)),

@@ -15,7 +15,8 @@ import torch
 
 
 def define_missing_operators() -> None:
-    """Define the operators that torchvision's Python code describes, if its own do not load."""
+    """Define the operators that torchvision's Python code describes, if its own do not load and
+    nobody has defined them yet."""
     found = find_spec("torchvision")
     if found is None:
         return
@@ -24,8 +25,9 @@ def define_missing_operators() -> None:
             torch.ops.load_library(library)
     except OSError:
         for name in ("nms", "qnms"):
-            arguments = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            torch.library.define(f"torchvision::{name}", arguments)
+            if not hasattr(torch.ops.torchvision, name):
+                arguments = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                torch.library.define(f"torchvision::{name}", arguments)
 
 
 if __name__ == "__main__":

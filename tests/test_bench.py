@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from idml_fast import Metric
+
 pytest.importorskip("pytest_benchmark", reason="benchmarks need pytest-benchmark")
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -42,6 +44,39 @@ def test_retrieval_and_its_peer_find_the_same(race):
     assert len(ours) == len(theirs) + 2  # MRR and mAP
     for one, other in zip(ours, theirs, strict=False):
         torch.testing.assert_close(one, other.double())
+
+
+@pytest.mark.parametrize(
+    ("peer", "metric"), [("released", Metric.official()), ("pml", Metric.plain("cosine"))]
+)
+def test_training_steps_compute_the_same(race, peer, metric):
+    bench = importlib.import_module("bench_train_step")
+    both = bench.steps(12, 5, (peer,), backbone="test_resnet", side=32, metric=metric)
+    for _ in range(3):  # the second loss is of what the first gradients have made of the network
+        torch.testing.assert_close(both["ours"](), both[peer](), rtol=1e-3, atol=1e-3)
+
+
+def test_ours_and_the_usual_code_read_the_same_parts(race):
+    bench = importlib.import_module("bench_train_step")
+    root = Path(bench.photographs(320, 240).name)
+    usual = bench.Usual(root)
+    ours, _ = bench.transforms(256, 224)
+    for index, path in enumerate(bench.PATHS):
+        torch.manual_seed(index)
+        image = ours(root / path)
+        torch.manual_seed(index)
+        assert (image - usual[index][0]).abs().mean() < 0.02
+    bench.readers(64, 64, ("usual",), workers=0)["ours"]()
+
+
+def test_images_a_second_and_the_share_of_the_loss(race):
+    case = race.Case("a step", dict, (2, 2), ("peer", "network"), flop=0, images=6)
+    seconds = {"ours": [2.0, 8.0, 2.0], "peer": [4.0, 16.0, 4.0], "network": [1.0, 4.0, 1.0]}
+    *_, ours, peer, network = race.table([race.Result(case, seconds, {})]).splitlines()
+    assert ours.split()[:2] == ["ours", "2000.0"]
+    assert ours.endswith("  3 images/s, the loss 50.0%")
+    assert peer.endswith("  2 images/s, the loss 75.0%")
+    assert network.endswith("  6 images/s")
 
 
 BACKWARD = {"passes": "forward + backward"}

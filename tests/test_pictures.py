@@ -170,6 +170,18 @@ def test_shares_are_not_rounded():
     assert axes.get_ylim() == pytest.approx((0.4, 0.6))
 
 
+def test_powers_are_plain_numbers():
+    for values, wanted in (([13, 22], {"14", "20"}), ([0.05, 900], {"0.1", "1", "10", "100"})):
+        figure, axes = pictures.drawing()
+        axes.plot(values)
+        pictures.in_powers(axes)
+        figure.draw_without_rendering()
+        ticks = [*axes.yaxis.get_major_ticks(), *axes.yaxis.get_minor_ticks()]
+        texts = {tick.label1.get_text() for tick in ticks}
+        assert wanted <= texts
+        assert not any("$" in text for text in texts)
+
+
 @pytest.mark.parametrize("count", [1, 5, 10, 11, 100])
 def test_colours_are_different(count):
     assert len(set(pictures.colors(count))) == count

@@ -131,7 +131,7 @@ def test_images_are_squares_in_0_to_1_and_as_large_as_the_network_wants(birds):
             assert 0 <= image.min() < image.max() <= 1
             assert label in range(4)
     assert data.test_labels.tolist() == [x for x in range(4) for _ in range(10)]
-    assert data.classes == tuple(f"{x + 101}.Bird_{x}" for x in range(4, 8))
+    assert data.classes == tuple(f"Bird {x}" for x in range(4, 8))
     assert re.search(PUBLISHED, data.remarks[0])
 
 
@@ -146,15 +146,14 @@ def test_a_test_image_is_resized_and_its_centre_cut_out(birds):
     np.testing.assert_allclose(255 * data.test[2][0].movedim(0, 2), wanted, atol=0.01)
 
 
-def test_training_images_vary_and_test_images_do_not(birds):
+def test_training_images_vary_and_test_images_do_not(birds, tmp_path):
     data = load_data(tiny(Path(), birds).data)
     assert not torch.equal(data.train[3][0], data.train[3][0])
     assert torch.equal(data.test[3][0], data.test[3][0])
-    varied, plain = transforms(36, 32)
-    image = Image.new("RGB", (100, 60), (255, 128, 0))
-    for transform in (varied, plain):
+    Image.new("RGB", (100, 60), (255, 128, 0)).save(tmp_path / "orange.png")
+    for transform in transforms(36, 32):
         wanted = torch.tensor([1, 128 / 255, 0])[:, None, None].expand(3, 32, 32)
-        torch.testing.assert_close(transform(image), wanted)
+        torch.testing.assert_close(transform(tmp_path / "orange.png"), wanted)
 
 
 def test_seeded_images_vary_by_epoch_and_place_alone(birds):
@@ -393,6 +392,19 @@ def test_a_network_without_a_feature_map_pools_by_itself():
         TwoHeaded(configured(backbone="test_vit"), 3, (64, 64))
     model = TwoHeaded(configured(backbone="test_vit", pooling="own"), 3, (64, 64))
     assert model.features(torch.rand(2, 3, 64, 64)).shape == (2, 64)
+
+
+@pytest.mark.parametrize("side", [8, 30, 224])
+def test_the_heads_of_the_small_network_stay_small(side):
+    model = TwoHeaded(ModelConfig(width=8, sem_dim=4, unc_dim=2), 3, (side, side))
+    assert model.sem.in_features == 2 * 8 * 2 * 2
+    map_ = model.trunk[:-2](images := torch.rand(2, 3, side, side))
+    assert map_.shape == (2, 16, side // 4, side // 4)
+    if side == 8:  # the map itself
+        assert torch.equal(model.features(images), map_.flatten(1))
+    if side == 224:
+        quarters = map_.unflatten(3, (2, -1)).unflatten(2, (2, -1)).mean((3, 5))
+        torch.testing.assert_close(model.features(images), quarters.flatten(1))
 
 
 def norms(model: TwoHeaded) -> dict[str, torch.Tensor]:

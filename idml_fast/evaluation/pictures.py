@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from numpy.typing import ArrayLike
 from sklearn.manifold import TSNE
 from torch import Tensor
@@ -216,6 +217,19 @@ def in_percent(axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(math.floor(10 * low) / 10, min(1.0, math.ceil(10 * high) / 10))
     axes.yaxis.set_major_formatter(_percent)
+
+
+def in_powers(axes: Axes) -> None:
+    """A logarithmic scale whose numbers are written as such: 20, where ``2 x 10^1`` is usual."""
+    axes.set_yscale("log")
+    axes.yaxis.set(major_formatter=_Number(), minor_formatter=_Number())
+
+
+class _Number(LogFormatter):
+    """Where `LogFormatter` has something to say, the number itself."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def _array(values: ArrayLike) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib import rc_context
 
-from ..evaluation.pictures import STYLE, colors, drawing, in_percent, svg
+from ..evaluation.pictures import STYLE, colors, drawing, in_percent, in_powers, svg
 from .config import Config
 from .folder import RunError, flat, read_config, write_text
 from .outcome import JUDGED
@@ -169,7 +169,7 @@ def _curves(runs: Sequence[Run], name: str) -> str:
             marker = "o" if len(values) == 1 else None  # which makes no line
             axes.plot(epochs, values, color=color, linestyle=style, linewidth=1.6, marker=marker)
     if name == "loss":
-        axes.set_yscale("log")
+        in_powers(axes)
     else:
         in_percent(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)

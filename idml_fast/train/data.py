@@ -130,9 +130,7 @@ def files(config: DataConfig, seed: int) -> Data:
     varied, plain = transforms(config.resize, config.image_size)
 
     def judged(listing: Listing) -> tuple[Images, Tensor]:
-        # A JPEG may be decoded at twice the size that is asked for: the resize sees to the rest.
-        images = Images(splits.root, listing, plain, at_least=2 * config.resize)
-        return images, torch.from_numpy(listing.labels)
+        return Images(splits.root, listing, plain), torch.from_numpy(listing.labels)
 
     return Data(
         Images(splits.root, splits.train, varied),

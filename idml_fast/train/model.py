@@ -49,7 +49,7 @@ class TwoHeaded(nn.Module):
         self.config, self.channels, self.size = config, channels, tuple(size)
         if config.backbone == "small":
             self.trunk = _small(config.width, channels)
-            features = 2 * config.width * (size[0] // 4) * (size[1] // 4)
+            features = 2 * config.width * 2 * 2
         else:
             from .vision import Backbone  # timm, which the digits do not need
 
@@ -88,6 +88,7 @@ def _small(width: int, channels: int) -> nn.Sequential:
         *_convolution(narrow, wide),
         nn.MaxPool2d(2),
         *_convolution(wide, wide),
+        nn.AdaptiveAvgPool2d(2),  # nothing to the digits; photographs would make heads of gigabytes
         nn.Flatten(),
     )
 

@@ -28,7 +28,7 @@ from ..evaluation import (
     risk_coverage,
     sampled_pairs,
 )
-from ..evaluation.pictures import COLORS, STYLE, data_uri, drawing, in_percent, svg
+from ..evaluation.pictures import COLORS, STYLE, data_uri, drawing, in_percent, in_powers, svg
 from ..metric import Metric
 from ..nearest import nearest
 from .config import Config
@@ -354,7 +354,7 @@ def _curves(outcomes: dict[str, Outcome], name: str, label: str) -> str:
         values = [epoch[name] for epoch in outcome.epochs]
         axes.plot(epochs, values, color=COLORS[metric], label=metric, marker="o", markersize=3.5)
     if name == "loss":
-        axes.set_yscale("log")
+        in_powers(axes)
     else:
         in_percent(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)

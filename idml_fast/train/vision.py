@@ -6,6 +6,7 @@ Needs the extra ``idml_fast[vision]``; what trains on the digits does not import
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .config import ModelConfig
 from .criterion import SettingsError
 from .datasets.files import some
+from .images import load_image, load_part
 
 try:
     import timm
@@ -34,8 +36,8 @@ POOLINGS = {
 
 
 def transforms(resize: int, size: int) -> tuple[v2.Compose, v2.Compose]:
-    """What makes ``[3, size, size]`` float32 in [0, 1] of an image of mode RGB: varied at random,
-    to learn from it, and plain, to judge by it.
+    """What makes ``[3, size, size]`` float32 in [0, 1] of an image file: varied at random, to learn
+    from it, and plain, to judge by it.
 
     Nothing is normalised: a network does that itself, as its weights want it.
 
@@ -44,8 +46,10 @@ def transforms(resize: int, size: int) -> tuple[v2.Compose, v2.Compose]:
         size: of the result, in pixels.
     """
     to_tensor = v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)
-    varied = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *to_tensor])
-    return varied, v2.Compose([v2.Resize(resize), v2.CenterCrop(size), *to_tensor])
+    varied = partial(load_part, crop=v2.RandomResizedCrop(size)), v2.RandomHorizontalFlip()
+    # A JPEG may be decoded at twice the size that is asked for: the resize sees to the rest.
+    plain = partial(load_image, at_least=2 * resize), v2.Resize(resize), v2.CenterCrop(size)
+    return v2.Compose([*varied, *to_tensor]), v2.Compose([*plain, *to_tensor])
 
 
 class Backbone(nn.Module):

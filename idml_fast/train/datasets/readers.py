@@ -56,6 +56,7 @@ def cub(root: Path) -> Found:
     """CUB-200-2011: ``images/<number>.<class>/<image>``; classes 1 to 100 are learned."""
     images = first(root, "CUB_200_2011/images", "images")
     learned, retrieved = [], []
+    names: dict[Key, str] = {}
     for name in folders(images):
         number = re.match(r"(\d+)\.", name)
         if number is None:
@@ -63,7 +64,9 @@ def cub(root: Path) -> Found:
                 f"{images / name} must begin with the number of its class, as 001.Albatross does"
             )
         (learned if int(number[1]) <= 100 else retrieved).append(name)
-    return Found(images, classes_in(images, "", learned), classes_in(images, "", retrieved))
+        names[name] = name[number.end() :].replace("_", " ")
+    parts = (classes_in(images, "", classes) for classes in (learned, retrieved))
+    return Found(images, *parts, names=names)
 
 
 def cars(root: Path) -> Found:
