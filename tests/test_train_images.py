@@ -159,13 +159,13 @@ def test_training_images_vary_and_test_images_do_not(birds, tmp_path):
 def test_seeded_images_vary_by_epoch_and_place_alone(birds):
     train = load_data(tiny(Path(), birds).data).train
     state = torch.get_rng_state()
-    train.seed = 0, 1
+    train.reseed(0, 1)
     first, second = train[3][0], train[4][0]
     assert torch.equal(train[3][0], first)  # whatever was read before it
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.equal(first, second)
     for other in ((0, 2), (1, 1)):
-        train.seed = other
+        train.reseed(*other)
         assert not torch.equal(train[3][0], first)
 
 

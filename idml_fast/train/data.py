@@ -215,18 +215,23 @@ class Batches(Sampler[list[int]]):
         return groups[torch.randperm(len(groups), generator=self.order)].flatten()
 
 
-def loader(images: Dataset, config: DataConfig, **options) -> DataLoader:
+def loader(
+    images: Dataset, config: DataConfig, *, persistent: bool = False, **options
+) -> DataLoader:
     """Batches of images, read by as many processes as the configuration says.
 
     Args:
         images: what is in memory needs no processes.
+        persistent: the processes stay for the next epoch.
         options: of the ``DataLoader``.
     """
     workers = config.workers if isinstance(images, Images) else 0
     return DataLoader(
         images,
         num_workers=workers,
+        persistent_workers=persistent and workers > 0,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # of its own: no other random numbers are taken
         worker_init_fn=leave_interrupts,
         **options,
     )
@@ -240,9 +245,7 @@ def leave_interrupts(_: int) -> None:
 def batches(images: Dataset, config: DataConfig, places: Tensor | None = None) -> Iterator[Tensor]:
     """The images alone, in order: all, or those at these places."""
     chosen = None if places is None else places.tolist()
-    # A generator of its own: no other random numbers are taken.
-    options = {"batch_size": config.batch_size, "sampler": chosen, "generator": torch.Generator()}
-    for batch, *_ in loader(images, config, **options):
+    for batch, *_ in loader(images, config, batch_size=config.batch_size, sampler=chosen):
         yield batch
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # Along either side, pixels of a part that is resized for one of the result. With 2 that is 0.2 grey
 # levels off on average, and 7 at most; with 1, in three quarters of the time, 0.7 and 11.
 ENOUGH = 2
+NO_SEED = -1
 # What turns an image upright, by its EXIF orientation. `ImageOps.exif_transpose` also writes the
 # EXIF data anew, and fails where these are broken.
 UPRIGHT = {
@@ -44,10 +45,8 @@ class Images(Dataset[tuple[Any, int, int]]):
         listing: of a part of a data set.
         read: makes an image, or what a network is given, of a path; None: `load_image`.
 
-    Attributes:
-        seed: numbers, such as those of a run and of its epoch, that together with its place give
-            what ``read`` draws of PyTorch's random numbers for an image, whoever reads it and after
-            which other ones; None, as it is at first: they are drawn as they come.
+    `reseed` makes what is drawn at random for an image independent of who reads it, and after which
+    other ones; at first it is drawn as it comes.
     """
 
     def __init__(
@@ -56,7 +55,13 @@ class Images(Dataset[tuple[Any, int, int]]):
         self.root = Path(root)
         self.listing = listing
         self.read = load_image if read is None else read
-        self.seed: tuple[int, ...] | None = None
+        # In shared memory: workers are told as well, also those that have begun.
+        self.seed = torch.tensor([NO_SEED, NO_SEED]).share_memory_()
+
+    def reseed(self, seed: int, epoch: int) -> None:
+        """What ``read`` draws of PyTorch's random numbers for an image now follows from these two,
+        and from its place in the listing."""
+        self.seed[:] = torch.tensor([seed, epoch])
 
     def __len__(self) -> int:
         return len(self.listing)
@@ -67,17 +72,16 @@ class Images(Dataset[tuple[Any, int, int]]):
         Raises:
             DataError: the image cannot be read.
         """
-        with seeded(self.seed and (*self.seed, index)):
+        seed, epoch = self.seed.tolist()
+        with seeded(None if seed == NO_SEED else (seed, epoch, index)):
             image = self.read(self.root / self.listing.paths[index])
         return image, int(self.listing.labels[index]), index
 
 
 @contextmanager
 def seeded(numbers: tuple[int, ...] | None) -> Iterator[None]:
-    """PyTorch's random numbers on the CPU begin anew, seeded by these, and are then as before.
-
-    None changes nothing.
-    """
+    """PyTorch's random numbers on the CPU begin anew, seeded by these, and are then as before; None
+    changes nothing."""
     if numbers is None:
         yield
         return

@@ -142,7 +142,7 @@ def train(
     optimizer, schedule = adamw(config.optim, model, criterion)
     order = torch.Generator().manual_seed(run.seed)
     sampler = Batches(data.train_labels, config.data, order, processes)
-    batches = loader(data.train, config.data, batch_sampler=sampler, generator=order)
+    batches = loader(data.train, config.data, batch_sampler=sampler, persistent=True)
     draws = np.random.default_rng(run.seed)
     # Every process has the same loss, of the same batch: there is nothing to reduce.
     network, optimizer = processes.prepare(model, optimizer)
@@ -163,7 +163,7 @@ def train(
         for epoch in range(training.epoch, config.optim.epochs + 1):
             network.train()
             if isinstance(data.train, Images):
-                data.train.seed = run.seed, epoch
+                data.train.reseed(run.seed, epoch)
             sampler.done = training.step
             for images, labels, *_ in progress.epoch(epoch, batches):
                 total = sampler.size_of(training.step)
