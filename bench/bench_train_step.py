@@ -4,7 +4,8 @@ The same network, a ResNet with the two heads that `idml-fast train` gives it, l
 with our Proxy-Anchor; with the authors' expression as they released it, its scores dense and its
 labels made binary by scikit-learn on the CPU (but not printed); and with that of
 pytorch-metric-learning, which compares the semantic embeddings alone. "network" has no loss: its
-gradient is given. Image files are read, varied and batched for it by ours and by the usual code.
+gradient is given. Image files are read, varied and batched for it by ours, as bytes, of which the
+trainer makes real numbers on the device, and by the usual code, as real numbers.
 """
 
 import sys

@@ -28,7 +28,7 @@ class Data:
     """Images and their labels: to learn from, and to be judged by.
 
     An item of ``train``, ``test`` and ``gallery`` begins with an image, ``[channels, height,
-    width]`` float32 in [0, 1], and its label.
+    width]`` float32 in [0, 1], in ``train`` perhaps as bytes (see `as_shares`), and its label.
 
     Args:
         train: what is learned; its labels are 0 .. ``num_classes`` - 1.

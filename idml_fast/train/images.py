@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import _checks
@@ -76,6 +77,11 @@ class Images(Dataset[tuple[Any, int, int]]):
         with seeded(None if seed == NO_SEED else (seed, epoch, index)):
             image = self.read(self.root / self.listing.paths[index])
         return image, int(self.listing.labels[index]), index
+
+
+def as_shares(images: Tensor) -> Tensor:
+    """Bytes as shares of 255, float32 in [0, 1]; what is float32 already is returned as it is."""
+    return images if images.is_floating_point() else images.float() / 255
 
 
 @contextmanager

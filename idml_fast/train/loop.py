@@ -19,7 +19,7 @@ from .config import Config
 from .criterion import Criterion, SettingsError
 from .data import Batches, Data, load_data, loader
 from .folder import open_folder, to_json, write_text
-from .images import Images
+from .images import Images, as_shares
 from .mixing import mix
 from .model import TwoHeaded, save
 from .optim import adamw
@@ -273,13 +273,13 @@ def batch_loss(
 
     def embed(share: Tensor, passes: int) -> tuple[Tensor, Tensor]:
         with processes.own_draws(config.run.seed, training.total, passes):
-            embedded = network(share)
+            embedded = network(as_shares(share))
         return tuple(processes.together(x, total) for x in embedded)
 
     if config.mix == "none":
         embedded = embed(images, 0)
         return loss(*embedded, labels), (*embedded, labels)
-    whole = processes.together(images, total)
+    whole = as_shares(processes.together(images, total))
     mixed = mix(config.mix, whole, labels, config.mix_alpha, training.draws)
     embedded = embed(processes.of(mixed.images), 0)
     a, b = loss(*embedded, mixed.labels_a), loss(*embedded, mixed.labels_b)

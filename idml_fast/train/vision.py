@@ -36,8 +36,11 @@ POOLINGS = {
 
 
 def transforms(resize: int, size: int) -> tuple[v2.Compose, v2.Compose]:
-    """What makes ``[3, size, size]`` float32 in [0, 1] of an image file: varied at random, to learn
-    from it, and plain, to judge by it.
+    """What makes ``[3, size, size]`` of an image file: varied at random, to learn from it, and plain,
+    to judge by it.
+
+    The first is uint8, a quarter of the bytes to be sent to the trainer and to its GPU, where
+    `as_shares` makes real numbers of it; the second is float32 in [0, 1].
 
     Nothing is normalised: a network does that itself, as its weights want it.
 
@@ -45,11 +48,11 @@ def transforms(resize: int, size: int) -> tuple[v2.Compose, v2.Compose]:
         resize: the shorter side, in pixels, of which the plain one then cuts out the centre.
         size: of the result, in pixels.
     """
-    to_tensor = v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)
     varied = partial(load_part, crop=v2.RandomResizedCrop(size)), v2.RandomHorizontalFlip()
     # A JPEG may be decoded at twice the size that is asked for: the resize sees to the rest.
     plain = partial(load_image, at_least=2 * resize), v2.Resize(resize), v2.CenterCrop(size)
-    return v2.Compose([*varied, *to_tensor]), v2.Compose([*plain, *to_tensor])
+    to_float = v2.ToDtype(torch.float32, scale=True)
+    return v2.Compose([*varied, v2.PILToTensor()]), v2.Compose([*plain, v2.PILToTensor(), to_float])
 
 
 class Backbone(nn.Module):
