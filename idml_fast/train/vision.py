@@ -36,8 +36,8 @@ POOLINGS = {
 
 
 def transforms(resize: int, size: int) -> tuple[v2.Compose, v2.Compose]:
-    """What makes ``[3, size, size]`` of an image file: varied at random, to learn from it, and plain,
-    to judge by it.
+    """What makes ``[3, size, size]`` of an image file: varied at random, to learn from it, and
+    plain, to judge by it.
 
     The first is uint8, a quarter of the bytes to be sent to the trainer and to its GPU, where
     `as_shares` makes real numbers of it; the second is float32 in [0, 1].
