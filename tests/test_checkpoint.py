@@ -106,17 +106,21 @@ def photographs(folder: Path, root: Path, workers: int = 0) -> Config:
     )
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Eight classes of noise in a folder each, of which half are learned."""
-    root = tmp_path_factory.mktemp("images")
-    for label in range(8):
+def write_noise(root: Path, classes: int, images: int) -> Path:
+    """Classes of noise in a folder each, of which half are learned."""
+    for label in range(classes):
         (root / f"class_{label}").mkdir()
-        for number in range(6):
+        for number in range(images):
             draws = np.random.default_rng([label, number])
             pixels = draws.integers(0, 256, (40, 44, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / f"class_{label}" / f"{number}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Eight classes of noise in a folder each, of which half are learned."""
+    return write_noise(tmp_path_factory.mktemp("images"), classes=8, images=6)
 
 
 def trained(config: Config) -> tuple[dict[str, torch.Tensor], list[dict]]:

@@ -17,7 +17,7 @@ import yaml
 pytest.importorskip("accelerate", reason="the extra idml_fast[train] is not installed")
 
 from accelerate import Accelerator
-from PIL import Image
+from test_checkpoint import write_noise
 
 from idml_fast.train import Config, run
 from idml_fast.train.config import DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
@@ -115,14 +115,7 @@ def launched(count: int, script: str, *arguments: object) -> subprocess.Complete
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Six classes of noise in a folder each, of which half are learned."""
-    root = tmp_path_factory.mktemp("images")
-    for label in range(6):
-        (root / f"class_{label}").mkdir()
-        for number in range(7):
-            draws = np.random.default_rng([label, number])
-            pixels = draws.integers(0, 256, (40, 44, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / f"class_{label}" / f"{number}.png")
-    return root
+    return write_noise(tmp_path_factory.mktemp("images"), classes=6, images=7)
 
 
 def configs(folder: Path, root: Path) -> dict[str, Config]:

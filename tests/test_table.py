@@ -20,7 +20,7 @@ pytest.importorskip("timm", reason="the extra idml_fast[vision] is not installed
 
 import test_datasets
 from test_checkpoint import Cut, after, cut
-from test_train_images import TINY, draw
+from test_train_images import TINY, write_birds
 
 from idml_fast import cli
 from idml_fast.train import load_config, paper, reproduce_table, runs
@@ -47,12 +47,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def birds(tmp_path_factory) -> Path:
     """Eight classes laid out as CUB-200-2011, of which four are learned."""
-    root = tmp_path_factory.mktemp("birds")
-    for digit in range(8):
-        folder = f"{digit + 1 if digit < 4 else digit + 101:03}.Bird_{digit}"
-        names = [f"{folder}/{digit}_{n}.{'png' if n % 2 else 'jpg'}" for n in range(10)]
-        draw(root / "CUB_200_2011" / "images", digit, names)
-    return root
+    return write_birds(tmp_path_factory.mktemp("birds"))
 
 
 @pytest.fixture(scope="module")

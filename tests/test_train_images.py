@@ -56,15 +56,18 @@ def draw(root: Path, digit: int, names: list[str]) -> None:
         Image.fromarray(pixels).resize((40 + number, 50 - number)).save(path)
 
 
-@pytest.fixture(scope="module")
-def birds(tmp_path_factory):
+def write_birds(root: Path) -> Path:
     """Eight classes laid out as CUB-200-2011, of which four are learned."""
-    root = tmp_path_factory.mktemp("birds")
     for digit in range(8):
         folder = f"{digit + 1 if digit < 4 else digit + 101:03}.Bird_{digit}"
         names = [f"{folder}/{digit}_{n}.{'png' if n % 2 else 'jpg'}" for n in range(10)]
         draw(root / "CUB_200_2011" / "images", digit, names)
     return root
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    return write_birds(tmp_path_factory.mktemp("birds"))
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,10 @@ from scipy.stats import t as student_t
 
 from .config import RECIPES, Config
 from .criterion import SettingsError
-from .folder import write_text
 from .outcome import JUDGED, QUALITIES
 from .paper import NAMES, merged, published
-from .processes import is_main
 from .report import write_comparison
-from .runs import Results, chosen, over, results_of, seeded, written
+from .runs import Results, chosen, over, publish, results_of, seeded, written
 
 PREFIX = "reproduce_"  # of a recipe's file
 METRICS = ("conventional", "introspective")
@@ -267,12 +265,7 @@ def reproduce(
         for name in dict.fromkeys(name for name, _ in configs)
     ]
     comparison = Comparison(dataset, tuple(seeds), rows, list(configs.values()))
-    if is_main():
-        write_text(folder / "reproduce.txt", comparison.to_text() + "\n")
-        write_text(folder / "reproduce.csv", comparison.to_csv())
-        write_text(folder / "runs.csv", comparison.runs_to_csv())
-        write_comparison(folder / "report.html", comparison)
-        print(f"\n{comparison.to_text()}\n\n{folder / 'report.html'}")
+    publish(comparison, folder, write_comparison)
     return comparison
 
 

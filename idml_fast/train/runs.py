@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from io import StringIO
@@ -191,6 +191,24 @@ def read(path: Path, config: Config) -> Results | None:
         told = difference(before, described(config))
         raise FileExistsError(f"{path} holds {told}; choose another --folder, or remove that one")
     return results
+
+
+def publish(found: Any, folder: Path, write_page: Callable[[Path, Any], None]) -> None:
+    """Write what runs have come to as text, as CSV and as a page, and every run; the main process
+    does.
+
+    Args:
+        found: has ``to_text``, ``to_csv`` and ``runs_to_csv``.
+        folder: where all is written.
+        write_page: takes a path, and ``found``.
+    """
+    if not is_main():
+        return
+    write_text(folder / "reproduce.txt", found.to_text() + "\n")
+    write_text(folder / "reproduce.csv", found.to_csv())
+    write_text(folder / "runs.csv", found.runs_to_csv())
+    write_page(folder / "report.html", found)
+    print(f"\n{found.to_text()}\n\n{folder / 'report.html'}")
 
 
 def over(seeds: Sequence[int]) -> str:

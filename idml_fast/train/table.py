@@ -12,13 +12,13 @@ import numpy as np
 from .config import Config, config_of
 from .criterion import SettingsError
 from .data import load_data
-from .folder import flat, write_text
+from .folder import flat
 from .loop import check
 from .paper import NAMES, cells, merged, published, recipe
 from .processes import Processes, accelerator_of, is_main
 from .report import write_table
 from .reproduce import METRICS, Row, percent
-from .runs import chosen, over, results_of, seeded, written
+from .runs import chosen, over, publish, results_of, seeded, written
 
 SETS = {"cub": "CUB-200-2011", "cars": "Cars196", "sop": "Stanford Online Products"}
 NUMBERS = {
@@ -218,12 +218,7 @@ def reproduce_table(
         results = {metric: [found[cell, metric, seed] for seed in seeds] for metric in METRICS}
         rows.setdefault(dataset, []).append(Row(loss, "retrieval", results))
     table = Table(tuple(seeds), rows, first, tuple(remarks))
-    if is_main():
-        write_text(folder / "reproduce.txt", table.to_text() + "\n")
-        write_text(folder / "reproduce.csv", table.to_csv())
-        write_text(folder / "runs.csv", table.runs_to_csv())
-        write_table(folder / "report.html", table)
-        print(f"\n{table.to_text()}\n\n{folder / 'report.html'}")
+    publish(table, folder, write_table)
     return table
 
 
