@@ -125,9 +125,11 @@ def root(tmp_path_factory):
 
 def trained(config: Config) -> tuple[dict[str, torch.Tensor], list[dict]]:
     """All that a metric has learned, with its loss and bank, and the records of its epochs."""
-    open_folder(config)
-    data, lines = load_data(config.data, config.run.seed), []
     processes = Processes(Accelerator(cpu=True))
+    if processes.is_main:
+        open_folder(config)
+    processes.wait()
+    data, lines = load_data(config.data, config.run.seed), []
     model, criterion = train(
         processes,
         config,
