@@ -84,8 +84,8 @@ class ModelConfig:
     """A network with two linear heads.
 
     Args:
-        backbone: ``small``, a ConvNet of four layers; or a network of timm, such as
-            ``resnet50.tv_in1k`` (``pip install 'idml_fast[vision]'``).
+        backbone: ``small``, a ConvNet of four layers whose last map is averaged to 2 x 2; or a
+            network of timm, such as ``resnet50.tv_in1k`` (``pip install 'idml_fast[vision]'``).
         width: channels of the first convolution of ``small``; its last has twice as many.
         pooling: what the heads are given of timm's feature map: ``avgmax``, the sum of its mean and
             its maximum over all places; ``avg`` or ``max``, one of them; or ``own``, what the

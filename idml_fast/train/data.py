@@ -191,6 +191,9 @@ class Batches(Sampler[list[int]]):
         return min(self.size, self.total - batch * self.size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        # As a DataLoader draws that shuffles by itself, a seed of its workers first: results that
+        # were recorded with one keep their order of images.
+        torch.empty((), dtype=torch.int64).random_(generator=self.order)
         drawn = torch.tensor(list(RandomSampler(self.labels, generator=self.order)))
         done, self.done = self.done, 0
         for batch in self._grouped(drawn).split(self.size)[done:]:
