@@ -316,9 +316,9 @@ def _beside_theirs(table: Table, dataset: str) -> str:
             axes.plot(ours, place + up, "o", color=color, markersize=5, label=label)
     axes.set_yticks(range(len(rows)), [row.title for row in rows])
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set(xlabel="percent", title="Recall@1")
+    axes.set_xlabel("Recall@1 in percent")
     axes.grid(axis="x")
-    axes.legend(loc="lower left")  # the paper's last rows have the highest numbers
+    figure.legend(loc="outside upper left", ncols=2)  # there is no room within
     return svg(figure)
 
 
