@@ -13,14 +13,14 @@ pytest.importorskip("accelerate", reason="the extra idml_fast[train] is not inst
 
 from idml_fast.train import Config, TwoHeaded
 from idml_fast.train.config import DataConfig, ModelConfig
-from idml_fast.train.data import Batches
+from idml_fast.train.data import BatchSampler
 
 # Classes of 1, 2, 3, ... images, in no order.
 LABELS = torch.arange(9).repeat_interleave(torch.arange(1, 10))[torch.randperm(45)]
 
 
 def epochs(config: DataConfig, count: int = 2, seed: int = 0) -> list[list[list[int]]]:
-    batches = Batches(LABELS, config, torch.Generator().manual_seed(seed))
+    batches = BatchSampler(LABELS, config, torch.Generator().manual_seed(seed))
     return [list(batches) for _ in range(count)]
 
 
@@ -38,7 +38,7 @@ def test_shuffled_every_image_is_seen_once_an_epoch():
 def test_groups_are_of_one_class(per_class):
     config = DataConfig(batch_size=2 * per_class, per_class=per_class)
     first, second = epochs(config)
-    batches = Batches(LABELS, config, torch.Generator())
+    batches = BatchSampler(LABELS, config, torch.Generator())
     needed = {label: -(-(label + 1) // per_class) * per_class for label in range(9)}
     for epoch in (first, second):
         assert len(epoch) == len(batches)
@@ -57,7 +57,7 @@ def test_groups_are_of_one_class(per_class):
 
 
 def test_batches_that_are_done_are_left_out_once():
-    batches = Batches(LABELS, DataConfig(batch_size=7), torch.Generator().manual_seed(0))
+    batches = BatchSampler(LABELS, DataConfig(batch_size=7), torch.Generator().manual_seed(0))
     first, second = epochs(DataConfig(batch_size=7))
     batches.done = 5
     assert list(batches) == first[5:]

@@ -26,9 +26,9 @@ from idml_fast.train.compare import compare
 from idml_fast.train.config import Config, DataConfig, LossConfig
 from idml_fast.train.criterion import TASKS
 from idml_fast.train.data import load_data
-from idml_fast.train.report import write_comparison, write_report, write_table
-from idml_fast.train.reproduce import TITLES, Comparison
-from idml_fast.train.table import SETS, Table
+from idml_fast.train.report import write_report
+from idml_fast.train.reproduce import TITLES, Comparison, write_comparison
+from idml_fast.train.table import SETS, Table, write_table
 
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 PROGRAM = next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -33,7 +33,7 @@ from idml_fast.train.data import batches, in_memory, load_data
 from idml_fast.train.datasets import DataError
 from idml_fast.train.evaluate import Settings, evaluate_files
 from idml_fast.train.folder import FILES
-from idml_fast.train.images import as_shares
+from idml_fast.train.images import to_float
 from idml_fast.train.loop import train
 from idml_fast.train.outcome import embed, embed_all, uncertainties
 from idml_fast.train.processes import Processes
@@ -132,7 +132,7 @@ def test_images_are_squares_in_0_to_1_and_as_large_as_the_network_wants(birds):
         for image, label, _ in part:
             assert image.shape == data.shape
             assert image.dtype == dtype
-            image = as_shares(image)
+            image = to_float(image)
             assert image.dtype == torch.float32
             assert 0 <= image.min() < image.max() <= 1
             assert label in range(4)
@@ -159,7 +159,7 @@ def test_training_images_vary_and_test_images_do_not(birds, tmp_path):
     Image.new("RGB", (100, 60), (255, 128, 0)).save(tmp_path / "orange.png")
     for transform in transforms(36, 32):
         wanted = torch.tensor([1, 128 / 255, 0])[:, None, None].expand(3, 32, 32)
-        torch.testing.assert_close(as_shares(transform(tmp_path / "orange.png")), wanted)
+        torch.testing.assert_close(to_float(transform(tmp_path / "orange.png")), wanted)
 
 
 def test_seeded_images_vary_by_epoch_and_place_alone(birds):

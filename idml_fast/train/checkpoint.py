@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import signal
+import struct
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +29,13 @@ from .data import Data
 from .folder import CHECKPOINTS, RunError, described, difference, written_whole
 from .model import TwoHeaded
 from .processes import Processes
+
+# What zipfile, pickle and PyTorch raise on bytes that are no checkpoint; not MemoryError.
+FOREIGN = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError),
+    *(RuntimeError, TypeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error),
+    pickle.UnpicklingError,
+)
 
 
 class Interrupted(Exception):
@@ -194,7 +204,9 @@ class Checkpoints:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
             found = None if broken else torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # there is no end to what readers raise on foreign bytes
+        except OSError as error:  # which says nothing of what is in it
+            raise RunError(f"{path} cannot be read: {error.strerror or error}") from error
+        except FOREIGN:
             found = None
         if not isinstance(found, dict) or found.keys() != {"of", "training"}:
             raise RunError(f"{path} is damaged, or no checkpoint; {remedy}")

@@ -28,7 +28,7 @@ class Data:
     """Images and their labels: to learn from, and to be judged by.
 
     An item of ``train``, ``test`` and ``gallery`` begins with an image, ``[channels, height,
-    width]`` float32 in [0, 1], in ``train`` perhaps as bytes (see `as_shares`), and its label.
+    width]`` float32 in [0, 1], in ``train`` perhaps as bytes (see `to_float`), and its label.
 
     Args:
         train: what is learned; its labels are 0 .. ``num_classes`` - 1.
@@ -153,7 +153,7 @@ def sample(count: int, seed: int) -> Tensor:  # [K]
     return torch.from_numpy(np.sort(drawn))
 
 
-class Batches(Sampler[list[int]]):
+class BatchSampler(Sampler[list[int]]):
     """Which images each batch of an epoch is made of: all of them, in an order that is drawn anew.
 
     Of several processes each gets its share of every batch.

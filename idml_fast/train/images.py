@@ -79,8 +79,8 @@ class Images(Dataset[tuple[Any, int, int]]):
         return image, int(self.listing.labels[index]), index
 
 
-def as_shares(images: Tensor) -> Tensor:
-    """Bytes as shares of 255, float32 in [0, 1]; what is float32 already is returned as it is."""
+def to_float(images: Tensor) -> Tensor:
+    """Bytes as float32 in [0, 1]; what is real already is returned as it is."""
     return images if images.is_floating_point() else images.float() / 255
 
 

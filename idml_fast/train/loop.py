@@ -17,9 +17,9 @@ from ..metric import Metric
 from .checkpoint import Checkpoints, Training, remove_checkpoints, signals
 from .config import Config
 from .criterion import Criterion, SettingsError
-from .data import Batches, Data, load_data, loader
+from .data import BatchSampler, Data, load_data, loader
 from .folder import open_folder, to_json, write_text
-from .images import Images, as_shares
+from .images import Images, to_float
 from .mixing import mix
 from .model import TwoHeaded, save
 from .optim import adamw
@@ -141,7 +141,7 @@ def train(
     criterion.to(processes.device)
     optimizer, schedule = adamw(config.optim, model, criterion)
     order = torch.Generator().manual_seed(run.seed)
-    sampler = Batches(data.train_labels, config.data, order, processes)
+    sampler = BatchSampler(data.train_labels, config.data, order, processes)
     batches = loader(data.train, config.data, batch_sampler=sampler, persistent=True)
     draws = np.random.default_rng(run.seed)
     # Every process has the same loss, of the same batch: there is nothing to reduce.
@@ -273,13 +273,13 @@ def batch_loss(
 
     def embed(share: Tensor, passes: int) -> tuple[Tensor, Tensor]:
         with processes.own_draws(config.run.seed, training.total, passes):
-            embedded = network(as_shares(share))
+            embedded = network(to_float(share))
         return tuple(processes.together(x, total) for x in embedded)
 
     if config.mix == "none":
         embedded = embed(images, 0)
         return loss(*embedded, labels), (*embedded, labels)
-    whole = as_shares(processes.together(images, total))
+    whole = to_float(processes.together(images, total))
     mixed = mix(config.mix, whole, labels, config.mix_alpha, training.draws)
     embedded = embed(processes.of(mixed.images), 0)
     a, b = loss(*embedded, mixed.labels_a), loss(*embedded, mixed.labels_b)

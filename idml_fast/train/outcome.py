@@ -107,11 +107,11 @@ def embed_all(
 ) -> Embedded:
     """The test images, and those of the gallery if there is one; each process embeds its share."""
     parts = [x for x in (data.test, data.gallery) if x is not None]
-    found = [shared(partial(embed, model), part, config, processes) for part in parts]
+    found = [sharded(partial(embed, model), part, config, processes) for part in parts]
     return Embedded(*(x for pair in found for x in pair.values()))
 
 
-def shared(
+def sharded(
     measure: Callable[[Iterable[Tensor]], dict[str, Tensor]],
     images: Dataset,
     config: Config,
@@ -231,7 +231,7 @@ def evaluate(
     found, others = (
         None
         if part is None
-        else shared(partial(uncertainties, model, criterion), part, config, processes)
+        else sharded(partial(uncertainties, model, criterion), part, config, processes)
         for part in (data.test, data.gallery)
     )
     if not processes.is_main:

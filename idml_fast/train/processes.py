@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -76,17 +77,16 @@ class Processes:
         self.accelerator = accelerator
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
-        if self.count > 1:
-            # For what is decided on the CPU: a GPU need not catch up for it.
-            self._on_cpu = dist.new_group(backend="gloo", timeout=PATIENCE)
-            atexit.register(leave)
 
     def prepare(
         self, model: nn.Module, optimizer: Optimizer
     ) -> tuple[nn.Module, AcceleratedOptimizer]:
         """The network as it learns in these processes, and its optimiser."""
         if self.count > 1 and any(learning_norms(model)):
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            # They are timm's, some with an activation, which PyTorch's own conversion would drop.
+            from timm.layers import convert_sync_batchnorm
+
+            model = convert_sync_batchnorm(model)
         with warnings.catch_warnings():
             # torch 2.13 has another name for it, which accelerate does not know.
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
@@ -126,7 +126,7 @@ class Processes:
         if self.count == 1:
             return told
         flag = torch.tensor(told, dtype=torch.uint8)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, self._on_cpu)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, on_cpu())
         return bool(flag)
 
     def of_main(self, value: Any) -> Any:
@@ -136,7 +136,7 @@ class Processes:
     def wait(self) -> None:
         """For all processes to come here."""
         if self.count > 1:
-            dist.barrier(self._on_cpu)
+            dist.barrier(on_cpu())
 
     @contextmanager
     def own_draws(self, *numbers: int) -> Iterator[None]:
@@ -170,6 +170,13 @@ class Processes:
                 f"{what} must be the same in all processes, got others: they run on different "
                 "hardware or versions"
             )
+
+
+@cache
+def on_cpu() -> dist.ProcessGroup:
+    """All processes, for what is decided on the CPU: a GPU need not catch up for it."""
+    atexit.register(leave)
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def is_main() -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -34,11 +34,7 @@ from ..nearest import nearest
 from .config import Config
 from .data import Data, in_memory
 from .folder import write_text
-from .outcome import JUDGED, QUALITIES, Outcome
-
-if TYPE_CHECKING:
-    from .reproduce import Comparison
-    from .table import Table
+from .outcome import Outcome
 
 THUMBNAIL = 96  # pixels of a side, at most: some 150 images are shown
 DRAWN = 1000  # points of a curve, at most
@@ -235,91 +231,6 @@ def write_report(
             ),
         )
     write_text(path, page)
-
-
-def write_comparison(path: Path, comparison: Comparison) -> None:
-    """Write the report of `idml_fast.train.reproduce`, a file like the one of a run.
-
-    Args:
-        path: of the HTML file.
-        comparison: of all losses.
-    """
-    tables = {task: comparison.table(task) for task in QUALITIES if comparison.of(task)}
-    with rc_context(STYLE):
-        page = render(
-            "reproduce.html.j2",
-            comparison=comparison,
-            tables=tables,
-            figures={
-                (task, name): _differences(comparison, task, name)
-                for task in tables
-                for name in JUDGED[task]
-            },
-            count=len(comparison.rows) * len(comparison.seeds) * 2,
-            epochs=sorted({config.optim.epochs for config in comparison.configs}),
-        )
-    write_text(path, page)
-
-
-def _differences(comparison: Comparison, task: str, name: str) -> str:
-    """The difference that the metric makes to a number of each loss, with its interval."""
-    rows = comparison.of(task)[::-1]
-    middles, halves = zip(*(row.difference(name) for row in rows), strict=True)
-    figure, axes = drawing(height=1.1 + 0.3 * len(rows))
-    axes.axvline(0, color="#98a1b0", linewidth=1)
-    axes.errorbar(
-        100 * np.array(middles),
-        range(len(rows)),
-        xerr=100 * np.nan_to_num(halves),
-        fmt="o",
-        color=COLORS["introspective"],
-        markersize=5,
-        linewidth=1.5,
-        capsize=3,
-    )
-    axes.set_yticks(range(len(rows)), [row.title for row in rows])
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set(xlabel="percentage points", title=f"Δ {QUALITIES[task][name]}")
-    axes.grid(axis="x")
-    return svg(figure)
-
-
-def write_table(path: Path, table: Table) -> None:
-    """Write the report of `idml_fast.train.table`, a file like the one of a run.
-
-    Args:
-        path: of the HTML file.
-        table: ours beside the paper's.
-    """
-    with rc_context(STYLE):
-        page = render(
-            "table.html.j2",
-            table=table,
-            figures={dataset: _beside_theirs(table, dataset) for dataset in table.rows},
-            epochs=sorted({config.optim.epochs for config in table.configs.values()}),
-        )
-    write_text(path, page)
-
-
-def _beside_theirs(table: Table, dataset: str) -> str:
-    """Recall@1 of each loss after the last epoch, ours filled and the paper's hollow."""
-    rows = table.rows[dataset][::-1]
-    figure, axes = drawing(height=1.1 + 0.5 * len(rows))
-    for place, row in enumerate(rows):
-        for metric, up in (("conventional", 0.15), ("introspective", -0.15)):
-            ours = 100 * row.mean(metric, "recall_at_1")[0]
-            theirs = float(table.theirs(dataset, row, metric)["recall_at_1"])
-            color = COLORS[metric]
-            axes.plot([theirs, ours], [place + up] * 2, color=color, linewidth=1)
-            axes.plot(theirs, place + up, "o", color=color, markerfacecolor="white", markersize=5)
-            label = metric if place == 0 else None
-            axes.plot(ours, place + up, "o", color=color, markersize=5, label=label)
-    axes.set_yticks(range(len(rows)), [row.title for row in rows])
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlabel("Recall@1 in percent")
-    axes.grid(axis="x")
-    figure.legend(loc="outside upper left", ncols=2)  # there is no room within
-    return svg(figure)
 
 
 def render(template: str, **values: Any) -> str:

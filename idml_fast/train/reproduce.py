@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import yaml
+from matplotlib import rc_context
 from scipy.stats import t as student_t
 
+from ..evaluation.pictures import COLORS, STYLE, drawing, svg
 from .config import RECIPES, Config
 from .criterion import SettingsError
+from .folder import write_text
 from .outcome import JUDGED, QUALITIES
 from .paper import NAMES, merged, published
-from .report import write_comparison
+from .report import render
 from .runs import Results, chosen, over, publish, results_of, seeded, written
 
 PREFIX = "reproduce_"  # of a recipe's file
@@ -323,3 +326,50 @@ def rank(middle: float, spread: float) -> str:
     if np.isnan(middle):
         return "undefined"
     return f"{middle:+.2f}" if np.isnan(spread) else f"{middle:+.2f} ± {spread:.2f}"
+
+
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """Write the page of the comparison, a file like the report of a run.
+
+    Args:
+        path: of the HTML file.
+        comparison: of all losses.
+    """
+    tables = {task: comparison.table(task) for task in QUALITIES if comparison.of(task)}
+    with rc_context(STYLE):
+        page = render(
+            "reproduce.html.j2",
+            comparison=comparison,
+            tables=tables,
+            figures={
+                (task, name): _differences(comparison, task, name)
+                for task in tables
+                for name in JUDGED[task]
+            },
+            count=len(comparison.rows) * len(comparison.seeds) * 2,
+            epochs=sorted({config.optim.epochs for config in comparison.configs}),
+        )
+    write_text(path, page)
+
+
+def _differences(comparison: Comparison, task: str, name: str) -> str:
+    """The difference that the metric makes to a number of each loss, with its interval."""
+    rows = comparison.of(task)[::-1]
+    middles, halves = zip(*(row.difference(name) for row in rows), strict=True)
+    figure, axes = drawing(height=1.1 + 0.3 * len(rows))
+    axes.axvline(0, color="#98a1b0", linewidth=1)
+    axes.errorbar(
+        100 * np.array(middles),
+        range(len(rows)),
+        xerr=100 * np.nan_to_num(halves),
+        fmt="o",
+        color=COLORS["introspective"],
+        markersize=5,
+        linewidth=1.5,
+        capsize=3,
+    )
+    axes.set_yticks(range(len(rows)), [row.title for row in rows])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set(xlabel="percentage points", title=f"Δ {QUALITIES[task][name]}")
+    axes.grid(axis="x")
+    return svg(figure)

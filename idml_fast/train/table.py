@@ -8,15 +8,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 
+from ..evaluation.pictures import COLORS, STYLE, drawing, svg
 from .config import Config, config_of
 from .criterion import SettingsError
 from .data import load_data
-from .folder import flat
+from .folder import flat, write_text
 from .loop import check
 from .paper import NAMES, cells, merged, published, recipe
 from .processes import Processes, accelerator_of, is_main
-from .report import write_table
+from .report import render
 from .reproduce import METRICS, Row, percent
 from .runs import chosen, over, publish, results_of, seeded, written
 
@@ -284,3 +286,41 @@ def changes(configs: dict[str, Config]) -> list[str]:
             if ours != theirs.get(name) and (not free or name == "run.mixed_precision"):
                 told[f"{name} {ours} ({theirs.get(name)})"] = None
     return [f"not as in the recipes (in brackets): {', '.join(told)}"] if told else []
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Write the page of the table, a file like the report of a run.
+
+    Args:
+        path: of the HTML file.
+        table: ours beside the paper's.
+    """
+    with rc_context(STYLE):
+        page = render(
+            "table.html.j2",
+            table=table,
+            figures={dataset: _beside_theirs(table, dataset) for dataset in table.rows},
+            epochs=sorted({config.optim.epochs for config in table.configs.values()}),
+        )
+    write_text(path, page)
+
+
+def _beside_theirs(table: Table, dataset: str) -> str:
+    """Recall@1 of each loss after the last epoch, ours filled and the paper's hollow."""
+    rows = table.rows[dataset][::-1]
+    figure, axes = drawing(height=1.1 + 0.5 * len(rows))
+    for place, row in enumerate(rows):
+        for metric, up in (("conventional", 0.15), ("introspective", -0.15)):
+            ours = 100 * row.mean(metric, "recall_at_1")[0]
+            theirs = float(table.theirs(dataset, row, metric)["recall_at_1"])
+            color = COLORS[metric]
+            axes.plot([theirs, ours], [place + up] * 2, color=color, linewidth=1)
+            axes.plot(theirs, place + up, "o", color=color, markerfacecolor="white", markersize=5)
+            label = metric if place == 0 else None
+            axes.plot(ours, place + up, "o", color=color, markersize=5, label=label)
+    axes.set_yticks(range(len(rows)), [row.title for row in rows])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel("Recall@1 in percent")
+    axes.grid(axis="x")
+    figure.legend(loc="outside upper left", ncols=2)  # there is no room within
+    return svg(figure)

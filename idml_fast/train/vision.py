@@ -40,7 +40,7 @@ def transforms(resize: int, size: int) -> tuple[v2.Compose, v2.Compose]:
     plain, to judge by it.
 
     The first is uint8, a quarter of the bytes to be sent to the trainer and to its GPU, where
-    `as_shares` makes real numbers of it; the second is float32 in [0, 1].
+    `to_float` makes real numbers of it; the second is float32 in [0, 1].
 
     Nothing is normalised: a network does that itself, as its weights want it.
 
@@ -51,8 +51,8 @@ def transforms(resize: int, size: int) -> tuple[v2.Compose, v2.Compose]:
     varied = partial(load_part, crop=v2.RandomResizedCrop(size)), v2.RandomHorizontalFlip()
     # A JPEG may be decoded at twice the size that is asked for: the resize sees to the rest.
     plain = partial(load_image, at_least=2 * resize), v2.Resize(resize), v2.CenterCrop(size)
-    to_float = v2.ToDtype(torch.float32, scale=True)
-    return v2.Compose([*varied, v2.PILToTensor()]), v2.Compose([*plain, v2.PILToTensor(), to_float])
+    scaled = v2.ToDtype(torch.float32, scale=True)
+    return v2.Compose([*varied, v2.PILToTensor()]), v2.Compose([*plain, v2.PILToTensor(), scaled])
 
 
 class Backbone(nn.Module):
