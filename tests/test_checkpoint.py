@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
@@ -377,6 +378,65 @@ def test_a_damaged_checkpoint_is_refused(kept, damage, capsys):
     # The one before serves.
     path.unlink()
     trained(config)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(kept, monkeypatch):
+    config, path, content = kept
+    path.write_bytes(content)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module.zipfile, "ZipFile", refuse)
+        with pytest.raises(RunError, match=f"{path} cannot be read: Permission denied$"):
+            trained(config)
+        patch.setattr(checkpoint_module.zipfile, "ZipFile", exhaust)
+        with pytest.raises(MemoryError):
+            trained(config)
+    trained(config)  # it was left alone
+    path.unlink()
+
+
+def exhaust(*_):
+    raise MemoryError
+
+
+def test_any_damage_is_refused_or_harmless(kept):
+    """Bytes flipped, cut off or exchanged anywhere, in the pickle of an intact archive too."""
+    config, path, content = kept
+    data = load_data(config.data, config.run.seed)
+    checkpoints = Checkpoints(config, data, METRIC, Processes(Accelerator(cpu=True)))
+    draws, refused = np.random.default_rng(0), 0
+    for turn in range(300):
+        place = int(draws.integers(len(content)))
+        if turn % 3 == 0:
+            damaged = content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
+        elif turn % 3 == 1:
+            damaged = content[:place]
+        else:
+            damaged = exchanged(content, draws)
+        path.write_bytes(damaged)
+        try:
+            checkpoints._read(path)
+        except RunError as error:
+            assert "remove it to go on" in str(error)
+            refused += 1
+    assert refused > 200
+    path.unlink()
+
+
+def exchanged(content: bytes, draws: np.random.Generator) -> bytes:
+    """The archive with a byte of its pickle exchanged, and checksums that fit."""
+    with zipfile.ZipFile(BytesIO(content)) as archive:
+        files = {name: bytearray(archive.read(name)) for name in archive.namelist()}
+    pickled = next(x for name, x in files.items() if name.endswith("data.pkl"))
+    pickled[draws.integers(len(pickled))] = draws.integers(256)
+    written = BytesIO()
+    with zipfile.ZipFile(written, "w") as archive:
+        for name, x in files.items():
+            archive.writestr(name, bytes(x))
+    return written.getvalue()
 
 
 class Malice:

@@ -19,7 +19,7 @@ pytest.importorskip("accelerate", reason="the extra idml_fast[train] is not inst
 from accelerate import Accelerator
 from test_checkpoint import write_noise
 
-from idml_fast.train import Config, run
+from idml_fast.train import Config, TwoHeaded, run
 from idml_fast.train.config import DataConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from idml_fast.train.criterion import SettingsError
 from idml_fast.train.data import load_data
@@ -249,6 +249,21 @@ def test_shares_make_up_the_whole(total, count):
     together = [number for step in zip(*found, strict=True) for number in step]
     assert together[:total] == list(range(total))
     assert len(together) < total + count
+
+
+@pytest.mark.parametrize("backbone", ["test_efficientnet", "test_resnet"])
+def test_norms_that_are_synchronised_compute_the_same(backbone):
+    """With the activation that some of timm's have in them."""
+    config = ModelConfig(backbone, pretrained=False, freeze_norm=False, sem_dim=8, unc_dim=4)
+    model = TwoHeaded(config, 3, (32, 32))
+    images = torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        sem, unc = model.eval()(images)
+        model.trunk.synchronise_norms()
+        found = model.eval()(images)
+    assert any(isinstance(part, torch.nn.SyncBatchNorm) for part in model.modules())
+    assert torch.equal(found[0], sem)
+    assert torch.equal(found[1], unc)
 
 
 @pytest.mark.parametrize(

@@ -144,11 +144,8 @@ def train(
     sampler = BatchSampler(data.train_labels, config.data, order, processes)
     batches = loader(data.train, config.data, batch_sampler=sampler, persistent=True)
     draws = np.random.default_rng(run.seed)
-    # Every process has the same loss, of the same batch: there is nothing to reduce.
+    # The loss is not among them: every process computes the same one, of the whole batch.
     network, optimizer = processes.prepare(model, optimizer)
-    # The conventional metric gives the uncertainty head nothing to learn from.
-    heads = (model.sem, model.unc) if metric.reads_unc else (model.sem,)
-    parameters = [*network.parameters(), *criterion.parameters()]
     training = Training(model, criterion, optimizer, schedule, accelerator.scaler, order, draws)
     found = checkpoints and checkpoints.resume(training)
     shown = processes.is_main and watch
@@ -168,16 +165,9 @@ def train(
             for images, labels, *_ in progress.epoch(epoch, batches):
                 total = sampler.size_of(training.step)
                 batch = [x.to(processes.device, non_blocking=True) for x in (images, labels)]
-                value, seen = batch_loss(network, *batch, total, config, training, processes)
-                accelerator.backward(value)
-                accelerator.clip_grad_value_(parameters, config.optim.clip)
-                grads = [head.weight.grad.norm() for head in heads]
-                optimizer.step()
-                optimizer.zero_grad()
-                if criterion.bank is not None and epoch >= config.loss.memory_epoch:
-                    criterion.bank.add(*seen)
-                training.end_step(torch.stack([value.detach(), *grads]))
-                progress.step(total, value.detach())
+                told = learn(network, *batch, total, config, training, processes)
+                training.end_step(told)
+                progress.step(total, told[0])
                 if checkpoints is not None:
                     checkpoints.keep_up(training, came)
             schedule.step()
@@ -250,6 +240,32 @@ def check(config: Config, data: Data, processes: Processes) -> None:
             f"there must be one process on the CPU where {learn}: they would see the share of a "
             f"process instead of the batch, got {processes.count}"
         )
+
+
+def learn(
+    network: nn.Module,
+    images: Tensor,  # [share, channels, height, width]
+    labels: Tensor,  # [share]
+    total: int,
+    config: Config,
+    training: Training,
+    processes: Processes,
+) -> Tensor:  # [2] or [3]
+    """A step: the loss of a batch, see `batch_loss`, and the length of its gradient at the weights
+    of each head that learns."""
+    model, criterion, accelerator = training.model, training.criterion, processes.accelerator
+    value, seen = batch_loss(network, images, labels, total, config, training, processes)
+    accelerator.backward(value)
+    parameters = [*model.parameters(), *criterion.parameters()]
+    accelerator.clip_grad_value_(parameters, config.optim.clip)
+    # The conventional metric gives the uncertainty head nothing to learn from.
+    heads = (model.sem, model.unc) if criterion.loss.metric.reads_unc else (model.sem,)
+    grads = [head.weight.grad.norm() for head in heads]
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    if criterion.bank is not None and training.epoch >= config.loss.memory_epoch:
+        criterion.bank.add(*seen)
+    return torch.stack([value.detach(), *grads])
 
 
 def batch_loss(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from .config import Config
 from .criterion import SettingsError
 from .folder import TENSORBOARD
 from .tracking import log_with
+
+if TYPE_CHECKING:
+    from .model import TwoHeaded
 
 # For which processes wait for the main one, which clusters and writes a report.
 PATIENCE = timedelta(hours=12)
@@ -79,14 +82,11 @@ class Processes:
         self.is_main, self.device = accelerator.is_main_process, accelerator.device
 
     def prepare(
-        self, model: nn.Module, optimizer: Optimizer
+        self, model: TwoHeaded, optimizer: Optimizer
     ) -> tuple[nn.Module, AcceleratedOptimizer]:
         """The network as it learns in these processes, and its optimiser."""
         if self.count > 1 and any(learning_norms(model)):
-            # They are timm's, some with an activation, which PyTorch's own conversion would drop.
-            from timm.layers import convert_sync_batchnorm
-
-            model = convert_sync_batchnorm(model)
+            model.trunk.synchronise_norms()
         with warnings.catch_warnings():
             # torch 2.13 has another name for it, which accelerate does not know.
             warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)

@@ -21,6 +21,7 @@ from .images import load_image, load_part
 try:
     import timm
     from timm.data import resolve_model_data_config
+    from timm.layers import convert_sync_batchnorm
     from timm.models import load_state_dict
     from torchvision.transforms import v2
 except RuntimeError as error:  # torchvision's operators do not find those of torch
@@ -113,6 +114,13 @@ class Backbone(nn.Module):
             for norm in self._norms():
                 norm.eval()
         return self
+
+    def synchronise_norms(self) -> None:
+        """From now on batch norms take their statistics over all processes.
+
+        Some of timm's have an activation in them, which PyTorch's own conversion would drop.
+        """
+        self.network = convert_sync_batchnorm(self.network)
 
     def _norms(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, _BatchNorm)]
