@@ -37,7 +37,7 @@ using idml::cpu::Statistic;
 
 namespace {
 
-// Calls `call` with a float or a double, as the matrix holds.
+// Calls `call` with a double if the matrix holds these, else with a float.
 template <class Call>
 auto with_dtype(const Matrix& matrix, const Call& call) {
   return matrix.itemsize == sizeof(double) ? call(double()) : call(float());
@@ -146,7 +146,7 @@ PYBIND11_MODULE(_C, m) {
       "pairwise_forward",
       [](const Tile& tile, const AnyMetric& metric, const Matrix& scores, const Matrix& mirror,
          int threads) {
-        with_dtype(scores, [&](auto zero) {
+        with_dtype(tile.sem.rows.squares, [&](auto zero) {
           idml::cpu::pairwise_forward<decltype(zero)>(tile, metric, scores, mirror, threads);
         });
       },
@@ -155,7 +155,7 @@ PYBIND11_MODULE(_C, m) {
       "pairwise_backward",
       [](const Tile& tile, const AnyMetric& metric, const PairwiseUpstream& upstream,
          const Gradients& gradients, int threads) {
-        return with_dtype(upstream.gradient, [&](auto zero) {
+        return with_dtype(tile.sem.rows.squares, [&](auto zero) {
           return idml::cpu::pairwise_backward<decltype(zero)>(tile, metric, upstream, gradients,
                                                               threads);
         });
@@ -164,10 +164,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "rowstats_forward",
       [](const Tile& tile, const AnyMetric& metric, const std::vector<Statistic>& statistics,
-         const Items& rows, const Items& cols, bool symmetric, int threads) {
-        with_dtype(tile.sem.values, [&](auto zero) {
-          idml::cpu::rowstats_forward<decltype(zero)>(tile, metric, statistics, rows, cols,
-                                                      symmetric, threads);
+         const Items& rows, const Items& cols, const Matrix& scores, int threads) {
+        with_dtype(tile.sem.rows.squares, [&](auto zero) {
+          idml::cpu::rowstats_forward<decltype(zero)>(tile, metric, statistics, rows, cols, scores,
+                                                      threads);
         });
       },
       py::call_guard<py::gil_scoped_release>());
@@ -176,7 +176,7 @@ PYBIND11_MODULE(_C, m) {
       [](const Tile& tile, const AnyMetric& metric, const std::vector<Statistic>& statistics,
          const Items& rows, const Items& cols, bool symmetric, const Gradients& gradients,
          int threads) {
-        return with_dtype(tile.sem.values, [&](auto zero) {
+        return with_dtype(tile.sem.rows.squares, [&](auto zero) {
           return idml::cpu::rowstats_backward<decltype(zero)>(tile, metric, statistics, rows, cols,
                                                               symmetric, gradients, threads);
         });

@@ -32,12 +32,16 @@ struct Gram {
   Panel rows;       // N items
   Panel cols;       // M items
   Matrix products;  // [N, M], absent where they are not needed or one side is zero
-  Matrix values;    // [N, M], where an epilogue's results go; may be the products' own memory
+  Matrix weights;   // [N, M], which a backward writes; may be the products' own memory
 };
 
 struct Tile {
   Gram sem;
-  Gram unc;  // absent (its values are) for a conventional metric
+  Gram unc;  // absent (its panels are) for a conventional metric
+
+  std::int64_t rows() const { return sem.rows.squares.cols; }
+  std::int64_t cols() const { return sem.cols.squares.cols; }
+  bool has_unc() const { return unc.rows.squares.data != 0; }
 };
 
 }  // namespace idml

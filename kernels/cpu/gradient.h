@@ -1,7 +1,7 @@
-// The backward of a tile: the pairs' weights take the place of the tile's values, so that the
-// gradients of the embeddings are matrix products with them,
+// The backward of a tile: the pairs get their weights, so that the gradients of the embeddings are
+// matrix products with them,
 //
-//   grad sem += sem.values @ sem2     grad unc += unc.values @ unc2     and transposed for the
+//   grad sem += sem.weights @ sem2     grad unc += unc.weights @ unc2     and transposed for the
 //   columns,
 //
 // plus what multiplies an item's own embedding. A near-duplicate's weight can be so large that this
@@ -125,6 +125,8 @@ IDML_INLINE void weigh_row(const Tile& tile, const Row<T>& row, Metric<T> metric
   T* diagonal = scratch.diagonal.data();
   std::int32_t* near_sem = scratch.near_sem.data();
   std::int32_t* near_unc = scratch.near_unc.data();
+  T* sem_weights = begin_row(tile.sem.weights, i, row.sem);
+  T* unc_weights = row.unc ? begin_row(tile.unc.weights, i, row.unc) : nullptr;
   T* col_sem = sem.cols[block].data();
   T* col_unc = unc.cols[block].data();
   if (of_metric.data)
@@ -140,7 +142,7 @@ IDML_INLINE void weigh_row(const Tile& tile, const Row<T>& row, Metric<T> metric
     const T nearness = near<T> * (sem_square + sem_squares[j]) * w.inverse_alpha * w.inverse_alpha;
     const bool is_near = form == Form::distance && nearness > T(1);
     const T of_sem = is_near ? T(0) : incoming[j];
-    row.sem[j] = of_sem * w.product;
+    sem_weights[j] = of_sem * w.product;
     diagonal[j] = of_sem * w.diagonal_row;
     col_sem[j] += of_sem * w.diagonal_col;
     if constexpr (form == Form::distance) {
@@ -150,15 +152,18 @@ IDML_INLINE void weigh_row(const Tile& tile, const Row<T>& row, Metric<T> metric
     if (row.unc) {
       const bool is_opposite = beta2 < near<T> * (unc_square + unc_squares[j]);
       const T of_unc = is_opposite ? T(0) : incoming[j];
-      row.unc[j] = of_unc * w.sum;
+      unc_weights[j] = of_unc * w.sum;
       col_unc[j] += of_unc * w.sum;
       near_unc[j] = is_opposite;
       any_near |= is_opposite;
     }
   }
   sem.rows[i] = static_cast<T>(sum(diagonal, row.count));
-  if (row.unc)
-    unc.rows[i] = static_cast<T>(sum(row.unc, row.count));
+  round_row(sem_weights, tile.sem.weights, i);
+  if (row.unc) {
+    unc.rows[i] = static_cast<T>(sum(unc_weights, row.count));
+    round_row(unc_weights, tile.unc.weights, i);
+  }
   for (std::int64_t j = 0; any_near && j < row.count; ++j) {
     if (!near_sem[j] && !near_unc[j])
       continue;
@@ -221,7 +226,7 @@ bool add_sums(const Gram& gram, const Sums<T>& sums, T sign, const Gradient& gra
   if (gradient.row_diagonal.data)
     add_own(gradient.row_diagonal, sums.rows);
   if (gradient.col_diagonal.data) {
-    const std::int64_t count = gram.values.cols;
+    const std::int64_t count = gram.cols.squares.cols;
     std::vector<double> totals(count);
     for (const std::vector<T>& cols : sums.cols)
       for (std::int64_t j = 0; j < count; ++j)
@@ -234,7 +239,7 @@ bool add_sums(const Gram& gram, const Sums<T>& sums, T sign, const Gradient& gra
     clear<T>(gradient.rows);
   if (gradient.starts_cols)
     clear<T>(gradient.cols);
-  if (gram.rows.x.itemsize == sizeof(BFloat16))
+  if (is_bfloat16(gram.rows.x))
     add_near<BFloat16>(gram, sums, sign, gradient, threads);
   else
     add_near<T>(gram, sums, sign, gradient, threads);
@@ -246,11 +251,10 @@ bool add_sums(const Gram& gram, const Sums<T>& sums, T sign, const Gradient& gra
 template <Form form, Squares squares, class T, class UpstreamOf>
 NearPairs weigh_tile(const Tile& tile, Metric<T> metric, const Gradients& gradients, int threads,
                      const UpstreamOf& upstream_of) {
-  const std::int64_t rows = tile.sem.values.rows;
-  const std::int64_t cols = tile.sem.values.cols;
-  const bool has_unc = tile.unc.values.data != 0;
+  const std::int64_t rows = tile.rows();
+  const std::int64_t cols = tile.cols();
   Sums<T> sem(rows, cols);
-  Sums<T> unc(rows, has_unc ? cols : 0);
+  Sums<T> unc(rows, tile.has_unc() ? cols : 0);
   parallel(block_count(rows), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
     auto upstream = upstream_of(block);
     RowScratch<T> scratch(cols);
@@ -260,7 +264,7 @@ NearPairs weigh_tile(const Tile& tile, Metric<T> metric, const Gradients& gradie
     });
   });
   return {add_sums(tile.sem, sem, T(-1), gradients.sem, threads),
-          has_unc && add_sums(tile.unc, unc, T(1), gradients.unc, threads)};
+          tile.has_unc() && add_sums(tile.unc, unc, T(1), gradients.unc, threads)};
 }
 
 }  // namespace idml::cpu

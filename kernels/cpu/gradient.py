@@ -21,7 +21,7 @@ def collect(
 ) -> list[Tensor]:
     """The gradients of sem, unc, sem2, unc2 and the learned [tau, gamma], of those wanted.
 
-    ``weigh`` replaces a tile's values by the weights of its pairs, see gradient.h.
+    ``weigh`` writes the weights of a tile's pairs, see gradient.h.
     """
     *of_embeddings, of_metric = wanted
     rows, cols = [], []
@@ -41,10 +41,9 @@ def collect(
             row, col = rows[k], cols[k]
             if row.total is None and col.total is None:
                 continue
-            weights = tile.values[k].to(row.embedding.product_dtype)
-            row.add(tile.rows, weights, tile.col_panels[k], any_near)
+            row.add(tile.rows, tile.weights[k], tile.col_panels[k], any_near)
             if for_cols:
-                col.add(tile.cols, weights.T, tile.row_panels[k], any_near)
+                col.add(tile.cols, tile.weights[k].T, tile.row_panels[k], any_near)
     found = [gradient.finish() for gradient in rows + ([] if walk.symmetric else cols)]
     if sums is not None:
         on_diagonal, elsewhere = sums.sum(2)

@@ -27,8 +27,6 @@ struct Item {
   const T* unc;
 
  private:
-  static bool is_bfloat16(const Matrix& x) { return x.itemsize == sizeof(BFloat16); }
-
   // How many numbers have to be taken from where they are.
   static std::int64_t widened(const Matrix& x) {
     return is_bfloat16(x) || x.col_stride != 1 ? x.cols : 0;

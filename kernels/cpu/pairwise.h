@@ -9,21 +9,21 @@
 
 namespace idml::cpu {
 
-// scores[i, j] of every pair of the tile. Rows against themselves: `mirror` is where scores[j, i]
-// go. For a tile on the diagonal the two are the same memory; its upper triangle then stands for
+// scores[i, j] of every pair of the tile, as T or rounded to bfloat16. Rows against themselves:
+// `mirror` is where scores[j, i] go. For a tile on the diagonal the two are the same memory; its upper triangle then stands for
 // both.
 template <class T>
 void pairwise_forward(const Tile& tile, const AnyMetric& metric, const Matrix& scores,
                       const Matrix& mirror, int threads);
 
-// What the backward of `pairwise` reads of the tile's pairs, [N, M] each.
+// What the backward of `pairwise` reads of the tile's pairs, [N, M] each, as T or bfloat16.
 struct PairwiseUpstream {
   Matrix gradient;
   Matrix mirror;  // rows against themselves: the gradient of the pairs (j, i), [M, N]; else absent
-  Matrix scores;  // what the forward returned; read by the distance form only
+  Matrix scores;  // what the forward returned, in the distance form alone; may be absent
 };
 
-// See gradient.h. The distance form gets alpha from the scores: for it, tile.sem comes without
+// See gradient.h. Where there are scores it gets alpha from them: tile.sem then comes without
 // products.
 template <class T>
 NearPairs pairwise_backward(const Tile& tile, const AnyMetric& metric,

@@ -10,7 +10,7 @@ from torch import Tensor
 from idml_fast import _C
 
 from .gradient import collect
-from .tile import Tile, Walk, matrix, metric_of, threads
+from .tile import Tile, Walk, matrix, metric_of, multiplies_bf16, threads
 
 
 def forward(
@@ -25,9 +25,9 @@ def forward(
     native = metric_of(*metric)
     scores = sem.new_empty(walk.shape)
     _C.advise_huge_pages(matrix(scores))
-    # The kernel writes where the scores belong or, if their dtype is not its own, into a buffer.
-    direct = scores.dtype == walk.dtype
-    buffer = torch.empty_like(walk.grams[0].buffer[: 0 if direct else None])
+    # The kernel writes where the scores belong or, if it does not know their dtype, into a buffer.
+    direct = is_stored(scores, walk.dtype)
+    buffer = torch.empty(0 if direct else len(walk.grams[0].buffer), dtype=walk.dtype)
     for tile in walk:
         target = scores[tile.rows, tile.cols]
         mirror = scores[tile.cols, tile.rows] if walk.symmetric else None
@@ -56,8 +56,11 @@ def backward(
 ) -> list[Tensor]:
     """The gradients of those operands that are wanted.
 
-    The products come again; of the distance form only that of `unc`, since its scores give alpha.
+    The products come again; of the distance form in float32 only that of `unc`, since its scores
+    give alpha. In bfloat16 a product takes less time than that does, and has more digits.
     """
+    if multiplies_bf16(sem.dtype):
+        scores = None
     walk = Walk(sem, unc, sem2, unc2, multiply_sem=scores is None)
     native = metric_of(*metric)
 
@@ -75,8 +78,13 @@ def backward(
     return collect(walk, metric, wanted, weigh)
 
 
+def is_stored(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels of an epilogue's dtype read and write numbers as ``x`` has them."""
+    return x.dtype == dtype or (x.dtype == torch.bfloat16 and dtype == torch.float32)
+
+
 def readable(x: Tensor, dtype: torch.dtype) -> Tensor:  # [n, m]
-    """A tile in the epilogue's dtype with contiguous rows: itself if it is, else a copy."""
-    if x.dtype == dtype and x.stride(1) == 1:
+    """A tile that the kernels can read, with contiguous rows: itself if it is, else a copy."""
+    if is_stored(x, dtype) and x.stride(1) == 1:
         return x
     return torch.empty(x.shape, dtype=dtype).copy_(x)

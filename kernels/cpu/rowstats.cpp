@@ -393,20 +393,22 @@ void differentiate_row(const std::vector<Statistic>& statistics, const Items& ro
 template <class T>
 void rowstats_forward(const Tile& tile, const AnyMetric& metric,
                       const std::vector<Statistic>& statistics, const Items& rows,
-                      const Items& cols, bool symmetric, int threads) {
-  const Matrix& scores = tile.sem.values;
+                      const Items& cols, const Matrix& scores, int threads) {
+  const bool symmetric = scores.data != 0;
+  const bool for_cols = symmetric && rows.first != cols.first;
   with_form(metric.form, [&](auto chosen) {
     constexpr Form form = decltype(chosen)::value;
-    parallel(block_count(scores.rows), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
-      Scratch<T> scratch(scores.cols);
+    parallel(block_count(tile.rows()), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
+      Scratch<T> scratch(tile.cols());
       walk_block<form, Squares::all, T>(tile, block, [&](const Row<T>& row) IDML_INLINE_LAMBDA {
-        score_row<form>(row, 0, metric.as<T>(), row.sem);
+        T* found = for_cols ? scores.row<T>(row.index) : row.sem;
+        score_row<form>(row, 0, metric.as<T>(), found);
         const std::int64_t own = symmetric ? rows.first + row.index - cols.first : -1;
-        reduce_row(statistics, rows, row.index, cols, own, row.sem, scratch);
+        reduce_row(statistics, rows, row.index, cols, own, found, scratch);
       });
     });
   });
-  if (!symmetric || rows.first == cols.first)
+  if (!for_cols)
     return;
   parallel(block_count(scores.cols), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
     const std::int64_t begin = block * block_rows;
@@ -426,7 +428,7 @@ NearPairs rowstats_backward(const Tile& tile, const AnyMetric& metric,
                             const std::vector<Statistic>& statistics, const Items& rows,
                             const Items& cols, bool symmetric, const Gradients& gradients,
                             int threads) {
-  const std::int64_t count = tile.sem.values.cols;
+  const std::int64_t count = tile.cols();
   return with_form(metric.form, [&](auto chosen) {
     constexpr Form form = decltype(chosen)::value;
     return weigh_tile<form, Squares::all>(
@@ -443,9 +445,9 @@ NearPairs rowstats_backward(const Tile& tile, const AnyMetric& metric,
 }
 
 template void rowstats_forward<float>(const Tile&, const AnyMetric&, const std::vector<Statistic>&,
-                                      const Items&, const Items&, bool, int);
+                                      const Items&, const Items&, const Matrix&, int);
 template void rowstats_forward<double>(const Tile&, const AnyMetric&, const std::vector<Statistic>&,
-                                       const Items&, const Items&, bool, int);
+                                       const Items&, const Items&, const Matrix&, int);
 template NearPairs rowstats_backward<float>(const Tile&, const AnyMetric&,
                                             const std::vector<Statistic>&, const Items&,
                                             const Items&, bool, const Gradients&, int);

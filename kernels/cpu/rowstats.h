@@ -51,11 +51,11 @@ struct Items {
 };
 
 // Takes the tile's pairs into the state of its rows and, for rows against themselves beside their
-// diagonal, of its columns. The scores take the place of the tile's values.
+// diagonal, of its columns, which then need their scores, [N, M]; `scores` is absent for two sets.
 template <class T>
 void rowstats_forward(const Tile& tile, const AnyMetric& metric,
                       const std::vector<Statistic>& statistics, const Items& rows,
-                      const Items& cols, bool symmetric, int threads);
+                      const Items& cols, const Matrix& scores, int threads);
 
 // See gradient.h; the upstream gradient of a pair comes from the statistics it is part of.
 template <class T>

@@ -27,9 +27,11 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
     statistics = Statistics(*description)
     statistics.start(state)
     items = Items(walk, labels, labels2, bounds, state)
+    scores = torch.empty(walk.tile_shape if walk.symmetric else 0, dtype=walk.dtype)
     for tile in walk:
+        found = matrix(scores if walk.symmetric else None)
         _C.rowstats_forward(
-            tile.native, metric, statistics.native, *items.of(tile), walk.symmetric, threads()
+            tile.native, metric, statistics.native, *items.of(tile), found, threads()
         )
     statistics.finish(state, values, integers)
     return values, integers, state, kept

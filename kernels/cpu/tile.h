@@ -1,6 +1,6 @@
 // One tile of pairs on the CPU: squares from Gram products, row by row, on all threads, in vectors
-// as wide as the machine has. An epilogue is a function of one row of squares; the walk around it
-// is written here once.
+// as wide as the machine has. An epilogue is a function of one row of squares, which stays in the
+// first cache; the walk around it is written here once.
 
 #pragma once
 
@@ -88,7 +88,45 @@ struct BFloat16 {
     std::memcpy(&value, &wide, sizeof value);
     return value;
   }
+
+  // The nearest, of two the even one; NaN stays NaN.
+  IDML_INLINE static BFloat16 of(float value) {
+    const std::uint32_t wide = bits_as<std::uint32_t>(value);
+    const std::uint32_t rounded = (wide + 0x7fffu + (wide >> 16 & 1u)) >> 16;
+    return {static_cast<std::uint16_t>(value != value ? 0x7fc0u : rounded)};
+  }
 };
+
+inline bool is_bfloat16(const Matrix& x) {
+  return x.itemsize == sizeof(BFloat16);
+}
+
+// A row of numbers as T: where it is or, of bfloat16, widened into `memory`.
+template <class T>
+IDML_INLINE const T* load_row(const Matrix& x, std::int64_t i, T* memory) {
+  if (!is_bfloat16(x))
+    return x.row<T>(i);
+  const BFloat16* stored = x.row<BFloat16>(i);
+  for (std::int64_t j = 0; j < x.cols; ++j)
+    memory[j] = stored[j];
+  return memory;
+}
+
+// Where to write a row of numbers as T: where it belongs or, of bfloat16, into `memory`, from which
+// `round_row` takes it there, from column `first` on.
+template <class T>
+IDML_INLINE T* begin_row(const Matrix& x, std::int64_t i, T* memory) {
+  return is_bfloat16(x) ? memory : x.row<T>(i);
+}
+
+template <class T>
+IDML_INLINE void round_row(const T* row, const Matrix& x, std::int64_t i, std::int64_t first = 0) {
+  if (!is_bfloat16(x))
+    return;
+  BFloat16* stored = x.row<BFloat16>(i);
+  for (std::int64_t j = first; j < x.cols; ++j)
+    stored[j] = BFloat16::of(static_cast<float>(row[j]));
+}
 
 // sum_k (x_ik + sign * y_jk)^2 of elements stored as S
 template <class S, class T>
@@ -115,17 +153,26 @@ IDML_INLINE T square_of_stored(const Matrix& x, std::int64_t i, const Matrix& y,
 template <class T>
 IDML_INLINE T square_of_sum(const Gram& gram, std::int64_t i, std::int64_t j, T sign) {
   const Matrix& x = gram.rows.x;
-  if (x.itemsize == sizeof(BFloat16))
+  if (is_bfloat16(x))
     return square_of_stored<BFloat16>(x, i, gram.cols.x, j, sign);
   return square_of_stored<T>(x, i, gram.cols.x, j, sign);
 }
 
-// values[j] = ||x_i + sign * y_j||^2 for one row of a product stored as S. NaN stays NaN.
+// ||y_j|| of all columns; only a product in bfloat16 asks for them.
+template <class T>
+IDML_INLINE std::vector<T> col_norms(const Gram& gram) {
+  std::vector<T> norms(is_bfloat16(gram.products) ? gram.products.cols : 0);
+  for (std::size_t j = 0; j < norms.size(); ++j)
+    norms[j] = std::sqrt(gram.cols.squares.row<T>(0)[j]);
+  return norms;
+}
+
+// squares[j] = ||x_i + sign * y_j||^2 for one row of a product stored as S. NaN stays NaN.
 template <class S, class T>
-IDML_INLINE void squares_of_stored(const Gram& gram, std::int64_t i, T sign) {
-  const std::int64_t count = gram.values.cols;
+IDML_INLINE void squares_of_stored(const Gram& gram, std::int64_t i, T sign, const T* norms,
+                                   T* squares) {
+  const std::int64_t count = gram.products.cols;
   const S* products = gram.products.row<S>(i);
-  T* values = gram.values.row<T>(i);
   const T row_square = gram.rows.squares.row<T>(0)[i];
   const T row_norm = std::sqrt(row_square);
   const T* col_squares = gram.cols.squares.row<T>(0);
@@ -133,32 +180,35 @@ IDML_INLINE void squares_of_stored(const Gram& gram, std::int64_t i, T sign) {
 #pragma omp simd reduction(| : cancelled)
   for (std::int64_t j = 0; j < count; ++j) {
     const T scale = row_square + col_squares[j];
-    const T difference = row_norm - std::sqrt(col_squares[j]);
-    const T square = std::is_same_v<S, BFloat16> ? T(products[j]) + difference * difference
-                                                 : scale + T(2) * sign * T(products[j]);
+    T square;
+    if constexpr (std::is_same_v<S, BFloat16>)
+      square = T(products[j]) + (row_norm - norms[j]) * (row_norm - norms[j]);
+    else
+      square = scale + T(2) * sign * products[j];
     cancelled |= square < near<T> * scale ? 1 : 0;
-    values[j] = square < T(0) ? T(0) : square;
+    squares[j] = square < T(0) ? T(0) : square;
   }
   if (!cancelled)
     return;
   for (std::int64_t j = 0; j < count; ++j) {
-    if (values[j] < near<T> * (row_square + col_squares[j]))
-      values[j] = square_of_sum(gram, i, j, sign);
+    if (squares[j] < near<T> * (row_square + col_squares[j]))
+      squares[j] = square_of_sum(gram, i, j, sign);
   }
 }
 
 template <class T>
-IDML_INLINE void squares_of_row(const Gram& gram, std::int64_t i, T sign) {
+IDML_INLINE void squares_of_row(const Gram& gram, std::int64_t i, T sign, const T* norms,
+                                T* squares) {
   if (!gram.products.data) {  // one side is zero, and so are its squares
     const T* col_squares = gram.cols.squares.row<T>(0);
     const T row_square = gram.rows.squares.row<T>(0)[i];
-    for (std::int64_t j = 0; j < gram.values.cols; ++j)
-      gram.values.row<T>(i)[j] = row_square + col_squares[j];
+    for (std::int64_t j = 0; j < gram.cols.squares.cols; ++j)
+      squares[j] = row_square + col_squares[j];
     return;
   }
-  if (gram.products.itemsize == sizeof(BFloat16))
-    return squares_of_stored<BFloat16>(gram, i, sign);
-  squares_of_stored<T>(gram, i, sign);
+  if (is_bfloat16(gram.products))
+    return squares_of_stored<BFloat16>(gram, i, sign, norms, squares);
+  squares_of_stored<T>(gram, i, sign, norms, squares);
 }
 
 // versines[j] = 1 - cos of one row of products stored as S, as long as they are there. A zero
@@ -167,7 +217,7 @@ template <class S, class T>
 IDML_INLINE void versines_of_stored(const Gram& sem, std::int64_t i, T inverse,
                                     const T* col_inverses, T* versines) {
   const S* products = sem.products.row<S>(i);
-  for (std::int64_t j = 0; j < sem.values.cols; ++j) {
+  for (std::int64_t j = 0; j < sem.products.cols; ++j) {
     const T inverses = inverse * col_inverses[j];
     const T halved = inverses == T(0) ? T(1) : T(products[j]) * inverses / T(2);
     const T versine = std::is_same_v<S, BFloat16> ? halved : T(1) - T(products[j]) * inverses;
@@ -180,11 +230,10 @@ IDML_INLINE void versines_of_stored(const Gram& sem, std::int64_t i, T inverse,
 // even two zero vectors.
 template <class T>
 IDML_INLINE void versines_of_near(const Gram& sem, std::int64_t i, T inverse, const T* col_inverses,
-                                  T* versines) {
-  const T* alpha2 = sem.values.row<T>(i);
+                                  const T* alpha2, T* versines) {
   const T square = sem.rows.squares.row<T>(0)[i];
   const T* col_squares = sem.cols.squares.row<T>(0);
-  for (std::int64_t j = 0; j < sem.values.cols; ++j) {
+  for (std::int64_t j = 0; j < sem.cols.squares.cols; ++j) {
     const T difference = square * inverse - col_squares[j] * col_inverses[j];
     const T versine = (alpha2[j] - difference * difference) * inverse * col_inverses[j] / T(2);
     const bool cancelled = alpha2[j] < near<T> * (square + col_squares[j]);
@@ -196,7 +245,7 @@ IDML_INLINE void versines_of_near(const Gram& sem, std::int64_t i, T inverse, co
 template <class T>
 IDML_INLINE void versines_of_row(const Gram& sem, std::int64_t i, T inverse, const T* col_inverses,
                                  T* versines) {
-  if (sem.products.itemsize == sizeof(BFloat16))
+  if (is_bfloat16(sem.products))
     return versines_of_stored<BFloat16>(sem, i, inverse, col_inverses, versines);
   versines_of_stored<T>(sem, i, inverse, col_inverses, versines);
 }
@@ -243,9 +292,13 @@ auto with_form(Form form, const Call& call) {
 template <Form form, Squares squares, class T, class Epilogue>
 IDML_INLINE void walk_block(const Tile& tile, std::int64_t block, const Epilogue& epilogue) {
   const Gram& sem = tile.sem;
-  const std::int64_t count = sem.values.cols;
-  const std::int64_t end = std::min((block + 1) * block_rows, sem.values.rows);
+  const std::int64_t count = tile.cols();
+  const std::int64_t end = std::min((block + 1) * block_rows, tile.rows());
   constexpr bool cosine = form != Form::distance;
+  std::vector<T> alpha2(count);
+  std::vector<T> beta2(tile.has_unc() ? count : 0);
+  const std::vector<T> sem_norms = col_norms<T>(sem);
+  const std::vector<T> unc_norms = col_norms<T>(tile.unc);
   std::vector<T> versines(cosine ? count : 0);
   std::vector<T> col_inverses(cosine ? count : 0);
   if constexpr (cosine) {
@@ -258,16 +311,13 @@ IDML_INLINE void walk_block(const Tile& tile, std::int64_t block, const Epilogue
     if constexpr (cosine)
       versines_of_row(sem, i, inverse, col_inverses.data(), versines.data());
     if constexpr (squares == Squares::all)
-      squares_of_row(sem, i, T(-1));
+      squares_of_row(sem, i, T(-1), sem_norms.data(), alpha2.data());
     if constexpr (cosine)
-      versines_of_near(sem, i, inverse, col_inverses.data(), versines.data());
-    T* beta2 = nullptr;
-    if (tile.unc.values.data) {
-      squares_of_row(tile.unc, i, T(1));
-      beta2 = tile.unc.values.row<T>(i);
-    }
-    epilogue(Row<T>{i, count, sem.values.row<T>(i), beta2, inverse, col_inverses.data(),
-                    versines.data()});
+      versines_of_near(sem, i, inverse, col_inverses.data(), alpha2.data(), versines.data());
+    if (tile.has_unc())
+      squares_of_row(tile.unc, i, T(1), unc_norms.data(), beta2.data());
+    epilogue(Row<T>{i, count, alpha2.data(), tile.has_unc() ? beta2.data() : nullptr, inverse,
+                    col_inverses.data(), versines.data()});
   }
 }
 

@@ -19,6 +19,9 @@ from idml_fast import _C
 # from stay in the last cache, and the products are large enough for the BLAS to reach its speed.
 TILE = 1024, 1024
 SELF_TILE = 512, 512
+# A tile of bfloat16 has twice the rows and the columns: its products are done so soon that what
+# every tile does besides would show.
+BF16_SIDE = 2
 
 
 class Tile(NamedTuple):
@@ -27,10 +30,10 @@ class Tile(NamedTuple):
     rows: slice
     cols: slice
     native: _C.Tile
-    # Of sem and, unless no uncertainty is read, of unc:
-    values: list[Tensor]  # [n, m] in the epilogue's dtype: memory for its results
-    row_panels: list[Tensor | None]  # [n, D] in the products' dtype; None for zeros
-    col_panels: list[Tensor | None]  # [m, D] likewise
+    # In the products' dtype, of sem and, unless no uncertainty is read, of unc:
+    weights: list[Tensor]  # [n, m], memory for those of a backward
+    row_panels: list[Tensor | None]  # [n, D]; None for zeros
+    col_panels: list[Tensor | None]  # [m, D]; likewise
 
 
 class Embedding:
@@ -39,7 +42,7 @@ class Embedding:
     def __init__(self, x: Tensor | None, count: int, dtype: torch.dtype) -> None:
         self.x = x  # [n, D]
         self.epilogue_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.native_bf16 = dtype == torch.bfloat16 and _C.has_bf16()
+        self.native_bf16 = multiplies_bf16(dtype)
         self.product_dtype = dtype if self.native_bf16 else self.epilogue_dtype
         self.squares = torch.zeros(count, dtype=self.epilogue_dtype)  # [n], squared norms
         self.measured: set[int] = set()  # where the parts begin whose norms are there
@@ -85,13 +88,12 @@ class Gram:
         self.x, self.y, self.sign = x, y, sign
         self.certain = x.x is None or y.x is None  # nothing to multiply: one side is zero
         self.multiplied = not self.certain
-        self.buffer = torch.empty(pairs, dtype=x.epilogue_dtype)
+        # Every tile has its products here, and then its weights.
+        self.buffer = torch.empty(pairs, dtype=x.product_dtype)
         self.products = self.buffer
-        if x.native_bf16:
-            self.products = torch.empty(pairs, dtype=torch.bfloat16)
 
-    def values(self, rows: slice, cols: slice) -> Tensor:  # [n, m]
-        """Where the epilogue's results for a tile go; every tile uses the same memory."""
+    def weights(self, rows: slice, cols: slice) -> Tensor:  # [n, m]
+        """Where a backward writes those of a tile: over its products, unless they are kept."""
         return _cut(self.buffer, 0, rows, cols)
 
     def left(self, row_panel: Tensor | None, rows: slice) -> Tensor | None:
@@ -118,7 +120,7 @@ class Gram:
             _C.Panel(matrix(row_panel), vector(self.x.squares[rows])),
             _C.Panel(matrix(col_panel), vector(self.y.squares[cols])),
             matrix(products),
-            matrix(self.values(rows, cols)),
+            matrix(self.weights(rows, cols)),
         )
 
 
@@ -139,7 +141,11 @@ class Walk:
     ) -> None:
         self.symmetric = sem2 is None
         self.shape = len(sem), len(sem if sem2 is None else sem2)
-        self.tile_shape = SELF_TILE if self.symmetric else _tile_shape(*self.shape)
+        side = BF16_SIDE if multiplies_bf16(sem.dtype) else 1
+        height, width = (side * length for length in (SELF_TILE if self.symmetric else TILE))
+        self.tile_shape = height, width
+        if not self.symmetric:
+            self.tile_shape = _tile_shape(*self.shape, height, width)
         pairs = math.prod(map(min, self.tile_shape, self.shape))
         sides = [(sem, sem2, -1)]
         if unc is not None or unc2 is not None:
@@ -187,18 +193,18 @@ class Walk:
                 gram.native(left, x, y, rows, cols, first)
                 for gram, left, x, y in zip(self.grams, lefts, row_panels, col_panels, strict=True)
             ]
-            values = [gram.values(rows, cols) for gram in self.grams]
-            yield Tile(rows, cols, _C.Tile(*native), values, row_panels, col_panels)
+            weights = [gram.weights(rows, cols) for gram in self.grams]
+            yield Tile(rows, cols, _C.Tile(*native), weights, row_panels, col_panels)
             if self.keeps:
-                first += values[0].numel()
+                first += weights[0].numel()
 
 
-def _tile_shape(rows: int, cols: int) -> tuple[int, int]:
-    """As many pairs as `TILE` has, in a longer tile where there are few rows or columns."""
-    pairs = math.prod(TILE)
-    height = max(1, min(rows, TILE[0]))
+def _tile_shape(rows: int, cols: int, height: int, width: int) -> tuple[int, int]:
+    """As many pairs as ``height`` x ``width``, in a longer tile where there are few rows or columns."""
+    pairs, least = height * width, width
+    height = max(1, min(rows, height))
     width = max(1, min(cols, pairs // height))
-    return (height if width >= TILE[1] else pairs // width), width
+    return (height if width >= least else pairs // width), width
 
 
 def _cut(buffer: Tensor, first: int, rows: slice, cols: slice) -> Tensor:  # [n, m]
@@ -227,6 +233,11 @@ def matrix(x: Tensor | None) -> _C.Matrix:  # [n, m]
 def vector(x: Tensor | None) -> _C.Matrix:  # [n]
     """Likewise for a contiguous vector, as a matrix of one row."""
     return matrix(None if x is None else x[None])
+
+
+def multiplies_bf16(dtype: torch.dtype) -> bool:
+    """Whether products are taken in bfloat16."""
+    return dtype == torch.bfloat16 and _C.has_bf16()
 
 
 def threads() -> int:
