@@ -229,13 +229,12 @@ void nearest_offer(const Tile& tile, const AnyMetric& metric, const Choice& choi
                    const Best& best, int threads) {
   with_form(metric.form, [&](auto chosen) {
     constexpr Form form = decltype(chosen)::value;
-    parallel(
-        block_count(tile.rows()), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
-          Scratch<T> scratch(choice.draws, best.keys.cols);
-          walk_block<form, Squares::all, T>(tile, block, [&](const Row<T>& row) IDML_INLINE_LAMBDA {
-            offer_row<form>(row, choice, metric.as<T>(), scratch, RowBest<T>(best, row.index));
-          });
-        });
+    parallel(block_count(tile.rows()), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
+      Scratch<T> scratch(choice.draws, best.keys.cols);
+      walk_block<form, Squares::all, T>(tile, block, [&](const Row<T>& row) IDML_INLINE_LAMBDA {
+        offer_row<form>(row, choice, metric.as<T>(), scratch, RowBest<T>(best, row.index));
+      });
+    });
   });
 }
 

@@ -10,8 +10,8 @@
 namespace idml::cpu {
 
 // scores[i, j] of every pair of the tile, as T or rounded to bfloat16. Rows against themselves:
-// `mirror` is where scores[j, i] go. For a tile on the diagonal the two are the same memory; its upper triangle then stands for
-// both.
+// `mirror` is where scores[j, i] go. For a tile on the diagonal the two are the same memory; its
+// upper triangle then stands for both.
 template <class T>
 void pairwise_forward(const Tile& tile, const AnyMetric& metric, const Matrix& scores,
                       const Matrix& mirror, int threads);

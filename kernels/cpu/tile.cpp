@@ -87,8 +87,8 @@ void squared_norms(const Matrix& x, const Matrix& out, int threads) {
   parallel(block_count(x.rows), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
     const std::int64_t end = std::min((block + 1) * block_rows, x.rows);
     for (std::int64_t i = block * block_rows; i < end; ++i)
-      out.row<T>(0)[i] = static_cast<T>(
-          is_bfloat16(x) ? squared_norm<BFloat16>(x, i) : squared_norm<T>(x, i));
+      out.row<T>(0)[i] =
+          static_cast<T>(is_bfloat16(x) ? squared_norm<BFloat16>(x, i) : squared_norm<T>(x, i));
   });
 }
 
