@@ -410,16 +410,17 @@ void rowstats_forward(const Tile& tile, const AnyMetric& metric,
   });
   if (!for_cols)
     return;
-  parallel(block_count(scores.cols), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
+  const std::int64_t height = tile.rows(), count = tile.cols();
+  parallel(block_count(count), threads, [&](std::int64_t block) IDML_INLINE_LAMBDA {
     const std::int64_t begin = block * block_rows;
-    const std::int64_t end = std::min(begin + block_rows, scores.cols);
-    std::vector<T> transposed(block_rows * scores.rows);
-    for (std::int64_t i = 0; i < scores.rows; ++i)
+    const std::int64_t end = std::min(begin + block_rows, count);
+    std::vector<T> transposed(block_rows * height);
+    for (std::int64_t i = 0; i < height; ++i)
       for (std::int64_t j = begin; j < end; ++j)
-        transposed[(j - begin) * scores.rows + i] = scores.row<T>(i)[j];
-    Scratch<T> scratch(scores.rows);
+        transposed[(j - begin) * height + i] = scores.row<T>(i)[j];
+    Scratch<T> scratch(height);
     for (std::int64_t j = begin; j < end; ++j)
-      reduce_row(statistics, cols, j, rows, -1, &transposed[(j - begin) * scores.rows], scratch);
+      reduce_row(statistics, cols, j, rows, -1, &transposed[(j - begin) * height], scratch);
   });
 }
 

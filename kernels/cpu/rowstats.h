@@ -51,7 +51,8 @@ struct Items {
 };
 
 // Takes the tile's pairs into the state of its rows and, for rows against themselves beside their
-// diagonal, of its columns, which then need their scores, [N, M]; `scores` is absent for two sets.
+// diagonal, of its columns, which then need their scores: `scores` has
+// room for those of the largest tile, and is absent for two sets.
 template <class T>
 void rowstats_forward(const Tile& tile, const AnyMetric& metric,
                       const std::vector<Statistic>& statistics, const Items& rows,

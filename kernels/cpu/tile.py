@@ -200,7 +200,7 @@ class Walk:
 
 
 def _tile_shape(rows: int, cols: int, height: int, width: int) -> tuple[int, int]:
-    """As many pairs as ``height`` x ``width``, in a longer tile if there are few rows or columns."""
+    """As many pairs as ``height`` x ``width``, in a longer tile of few rows or columns."""
     pairs, least = height * width, width
     height = max(1, min(rows, height))
     width = max(1, min(cols, pairs // height))
