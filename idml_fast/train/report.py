@@ -17,6 +17,7 @@ from matplotlib import rc_context
 from matplotlib.image import imsave
 from torch import Tensor
 
+from .._files import write_text
 from ..evaluation import (
     CORRUPTIONS,
     Estimate,
@@ -33,7 +34,6 @@ from ..metric import Metric
 from ..nearest import nearest
 from .config import Config
 from .data import Data, in_memory
-from .folder import write_text
 from .outcome import Outcome
 
 THUMBNAIL = 96  # pixels of a side, at most: some 150 images are shown
