@@ -7,7 +7,6 @@ the commit, and of every case the seconds of every round. bench/results/README.m
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 from dataclasses import dataclass, field
@@ -78,13 +77,13 @@ class Case:
         """The median of `ratios`."""
         return statistics.median(self.ratios(who))
 
-    def scatter(self, who: str) -> float | None:
-        """The width of the middle half of `ratios`, in natural logarithms; of one round None."""
+    def middle_half(self, who: str) -> tuple[float, float]:
+        """Where the middle half of `ratios` begins and ends; of one round there is but that one."""
         ratios = self.ratios(who)
-        if len(ratios) < 2:
-            return None
+        if len(ratios) == 1:
+            return ratios[0], ratios[0]
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return math.log(high / low)
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Record:
     """One run.
 
     Args:
-        name: of the file.
+        name: of the file; the same run under another name is the same.
         date: as ``2026-11-22``.
         device: the processor, or the GPU.
         kind: ``cpu`` or ``cuda``.
@@ -105,7 +104,7 @@ class Record:
         cases: by title.
     """
 
-    name: str
+    name: str = field(compare=False)
     date: str
     device: str
     kind: str
@@ -121,6 +120,12 @@ class Record:
     def machine(self) -> tuple[str, str, int | None, str | None]:
         """Runs with the same one were on the same kind of device."""
         return self.device, self.kind, self.threads, self.instructions
+
+    @property
+    def place(self) -> str:
+        """In words, what it was measured on."""
+        threads = [] if self.threads is None else [f"{self.threads} threads"]
+        return ", ".join([self.device, *threads, *filter(None, [self.instructions])])
 
 
 def read(path: Path) -> Record:
