@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -157,11 +157,9 @@ def _usual_scatter(record: Record) -> float:
 
 def _told(record: Record, outcome: Outcome) -> str:
     compared, losses = outcome.compared, outcome.losses
-    cases = len({comparison.case for comparison in compared})
-    lines = [
-        f"{record.name}, {record.place}: {len(compared)} ratios of {cases} cases compared, "
-        f"{len(losses) or 'none'} lost"
-    ]
+    cases = {comparison.case for comparison in compared}
+    what = f"{_number(compared, 'ratio')} of {_number(cases, 'case')}"
+    lines = [f"{record.name}, {record.place}: {what} compared, {len(losses) or 'none'} lost"]
     for title in dict.fromkeys(loss.case for loss in losses):
         lines.append(f"  {title}")
         # All its peers: where ours loses to one alone, it may be this peer that has changed.
@@ -179,5 +177,9 @@ def _told(record: Record, outcome: Outcome) -> str:
     lines += [f"  noted in this run: {note}" for note in record.notes]
     lines += [f"  not compared, no earlier run has it: {what}" for what in outcome.new]
     if outcome.left_out:
-        lines.append(f"  not compared, not in this run: {len(outcome.left_out)} cases")
+        lines.append(f"  not in this run: {_number(outcome.left_out, 'recorded case')}")
     return "\n".join(lines)
+
+
+def _number(things: Sized, what: str) -> str:
+    return f"{len(things)} {what}{'s' if len(things) != 1 else ''}"

@@ -19,6 +19,16 @@ from .speed import environment, section, with_section
 HERE = Path(__file__).parent
 PAGES = {".html": "benchmarks.html", ".md": "benchmarks.md"}
 TEMPLATE = "speed.md.j2"  # of the README's section, beside the folder of recorded runs
+# How the columns of the tables are called, and what of a contestant is in them.
+COLUMNS = {
+    "median": "time",
+    "spread": "spread",
+    "rate": "rate",
+    "share": "share",
+    "extra memory": "memory",
+    "ours / it": "ratio",
+    "error": "error",
+}
 ORDER = ("pairwise", "rowstats", "paired", "nearest", "losses", "evaluation", "train_step", "gpu")
 
 
@@ -111,7 +121,7 @@ def page(path: Path, records: Sequence[Record], results: Path) -> str:
     devices, link = [Device(runs) for runs in of_machines(records)], _link(results, path)
     if path.suffix == ".md":
         template = environment(HERE).get_template("report.md.j2")
-        return template.render(devices=devices, results=link)
+        return template.render(devices=devices, results=link, columns=columns)
     peers = dict.fromkeys(
         peer for record in records for case in record.cases.values() for peer in case.peers
     )
@@ -121,9 +131,20 @@ def page(path: Path, records: Sequence[Record], results: Path) -> str:
         HERE,
         devices=devices,
         results=link,
+        columns=columns,
         colors=painted,
         trend=lambda history: trend(history, painted),
     )
+
+
+def columns(cases: Sequence[Measured]) -> dict[str, str]:
+    """Those of `COLUMNS` in which these cases have something to say."""
+    contestants = [who for x in cases for who in x.contestants]
+    return {
+        title: name
+        for title, name in COLUMNS.items()
+        if any(getattr(who, name) for who in contestants)
+    }
 
 
 @rc_context(STYLE)
