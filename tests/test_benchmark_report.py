@@ -154,13 +154,35 @@ def test_the_document_has_the_newest_number_of_every_case(bench):
     ]
 
 
-def test_bytes_are_measured_against_a_copy():
-    record = of(made_up_run({"a bf16 case": {"ours": [0.5], "peer": [1.0]}}))
-    case = record.cases["a bf16 case"]
-    assert Measured(record, case).of("ours").share == "50 %"  # of the product in bfloat16
-    object.__setattr__(case, "bytes", 1e9)
-    ours = Measured(record, case).of("ours")
-    assert (ours.rate, ours.share) == ("2.00 GB/s", "20 %")
+@pytest.mark.parametrize(
+    ("keys", "who", "rate", "share"),
+    [
+        ({}, "ours", "4.00 GFLOP/s", "100 %"),
+        ({"dtype": "bf16"}, "ours", "4.00 GFLOP/s", "50 %"),
+        ({"case": "in bf16"}, "ours", "4.00 GFLOP/s", "50 %"),  # a record without dtype
+        ({"dtype": "fp16"}, "ours", "4.00 GFLOP/s", ""),
+        ({"product_flop": 1e9}, "product", "1.00 GFLOP/s", "25 %"),
+        ({"product_flop": None}, "product", "2.00 GFLOP/s", "50 %"),
+        ({"bytes": 1e9}, "ours", "2.00 GB/s", "20 %"),
+        ({"flop": 0}, "ours", "", ""),
+    ],
+)
+def test_a_rate_and_its_share_of_what_the_machine_reached(keys, who, rate, share):
+    found = made_up_run({"a case": {"ours": [0.5], "product": [1.0]}})
+    found["cases"][0] |= keys
+    record = of(found)
+    (case,) = record.cases.values()
+    told = Measured(record, case).of(who)
+    assert (told.rate, told.share) == (rate, share)
+
+
+def test_what_nearest_finds_is_told_where_it_was_compared(bench):
+    found = made_up_run({"nearest": {"ours": [0.5]}}, commit="third")
+    found["cases"][0] |= {"agreement": {"ours": 0.9999}, "errors": {}}
+    write(found, bench / "nearest")
+    text = page(bench / "page.md", read_folder(bench / "nearest"), bench / "nearest")
+    assert "| | | median | rate | share | extra memory | found alike |" in text
+    assert "| ours | 500 ms | 4.00 GFLOP/s | 100 % | 1 MiB | 99.99 % |" in text
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,9 @@ def test_what_is_no_record_is_said_in_a_sentence(tmp_path, text, told):
         read(path)
     with pytest.raises(RecordError, match=r"no.json cannot be read: No such file"):
         read(tmp_path / "no.json")
+    (tmp_path / "index.json").write_text("<<<<<<< of two branches")
+    with pytest.raises(RecordError, match=r"index.json is no index of records .*: it can be rem"):
+        read_folder(tmp_path)
 
 
 def test_the_index_of_the_repository_is_that_of_its_records(tmp_path):

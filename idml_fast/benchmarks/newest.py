@@ -69,7 +69,7 @@ class Contestant:
         if len(self.seconds) < 2:
             return ""
         low, median, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return f"{(high - low) / median:.0%}".replace("%", " %")
+        return percent((high - low) / median)
 
     @property
     def rate(self) -> str:
@@ -82,13 +82,13 @@ class Contestant:
         """Its rate as a share of what the machine reached in the same run: in the bare product of
         that dtype, or in a copy."""
         case = self.measured.case
-        what = "copy" if case.bytes else "bf16 product" if "bf16" in case.title else "fp32 product"
+        what = "copy" if case.bytes else f"{case.dtype} product"
         rate, machine = self._rate, self.measured.record.rates.get(what)
-        return f"{rate / machine:.0%}".replace("%", " %") if rate and machine else ""
+        return percent(rate / machine) if rate and machine else ""
 
     @property
     def _rate(self) -> float | None:
-        counted = self.measured.case.bytes or self.measured.case.flop
+        counted = self.measured.case.count(self.who)
         return counted / statistics.median(self.seconds) if counted and self.seconds else None
 
     @property
@@ -112,6 +112,12 @@ class Contestant:
         return "" if error is None else f"{error:.1e}"
 
     @property
+    def agreement(self) -> str:
+        """Which share of the columns that it finds float64 finds too."""
+        share = self.measured.case.agreement.get(self.who)
+        return "" if share is None else f"{share:.2%}".replace("%", " %")
+
+    @property
     def _is_compared(self) -> bool:
         return self.who != "ours" and bool(self.seconds)
 
@@ -119,6 +125,11 @@ class Contestant:
 def duration(seconds: float) -> str:
     """As a table shows it."""
     return f"{_three_digits(seconds)} s" if seconds >= 1 else f"{_three_digits(1e3 * seconds)} ms"
+
+
+def percent(share: float) -> str:
+    """As a table shows it."""
+    return f"{share:.0%}".replace("%", " %")
 
 
 def per_second(rate: float, what: str) -> str:

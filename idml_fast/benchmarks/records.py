@@ -41,19 +41,25 @@ class Case:
         title: what is measured.
         op: the operation, such as ``pairwise``; what a page groups by.
         seconds: by contestant, a time a round; none of one that had no room.
+        dtype: of its products, such as ``fp32``.
         flop: of one call, in the products that the definition asks for; 0: not counted.
         bytes: that one call must move, where this and not ``flop`` is counted.
+        product_flop: of the contestant ``product``, a bare product of another size.
         extra: by contestant, the bytes that it holds at its peak beyond its inputs and results.
         errors: by contestant, the largest error against float64, as a fraction.
+        agreement: by contestant, which share of the columns it finds float64 finds too.
     """
 
     title: str
     op: str
     seconds: dict[str, list[float]]
+    dtype: str = "fp32"
     flop: float = 0
     bytes: float = 0
+    product_flop: float | None = None
     extra: dict[str, int] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
 
     @property
     def peers(self) -> list[str]:
@@ -67,6 +73,10 @@ class Case:
     def median(self, who: str) -> float:
         """Seconds."""
         return statistics.median(self.seconds[who])
+
+    def count(self, who: str) -> float:
+        """What a rate counts of one call: bytes, or else operations; 0: nothing."""
+        return (self.product_flop if who == "product" else None) or self.bytes or self.flop
 
     def ratios(self, who: str) -> list[float]:
         """Ours as a fraction of ``who``, round by round: what slowed a round slowed both."""
@@ -152,10 +162,13 @@ def of(found: dict[str, Any], name: str = "") -> Record:
             case["case"],
             case.get("op") or _op(case["case"]),
             case["seconds"],
+            case.get("dtype") or ("bf16" if "bf16" in case["case"] else "fp32"),
             case["flop"],
             case.get("bytes", 0),
+            case.get("product_flop"),
             case["extra_bytes"],
             case.get("errors", {}),
+            case.get("agreement", {}),
         )
         for case in found["cases"]
     ]
@@ -228,8 +241,11 @@ def index(folder: Path) -> Path:
 
 def _in_order(folder: Path) -> list[Path]:
     path = folder / INDEX
-    listed = json.loads(path.read_text("utf-8")) if path.exists() else []
-    places = {entry["name"]: place for place, entry in enumerate(listed)}
+    try:
+        listed = json.loads(path.read_text("utf-8")) if path.exists() else []
+        places = {entry["name"]: place for place, entry in enumerate(listed)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{path} is no index of records ({error}): it can be removed") from None
     # What else lies there, such as the errors that a GPU makes, has no date.
     paths = folder.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*.json")
     return sorted(paths, key=lambda x: (x.name[:10], places.get(x.name, len(places)), x.name))

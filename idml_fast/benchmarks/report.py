@@ -28,6 +28,7 @@ COLUMNS = {
     "extra memory": "memory",
     "ours / it": "ratio",
     "error": "error",
+    "found alike": "agreement",
 }
 ORDER = ("pairwise", "rowstats", "paired", "nearest", "losses", "evaluation", "train_step", "gpu")
 
