@@ -26,7 +26,7 @@ class Measured:
         """
         if not self.case.seconds.get(who):
             raise RecordError(f"{self.record.name} has no time of {who} in {self.case.title!r}")
-        return Contestant(self, who)
+        return Contestant(self.record, self.case, who)
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -43,25 +43,26 @@ class Measured:
     @property
     def contestants(self) -> list[Contestant]:
         """All of them, also those that had no room."""
-        return [Contestant(self, who) for who in self.case.seconds]
+        return [Contestant(self.record, self.case, who) for who in self.case.seconds]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Ours, or a peer, in a case."""
+    """Ours, or a peer, in a case of a run."""
 
-    measured: Measured
+    record: Record
+    case: Case
     who: str
 
     @property
     def seconds(self) -> list[float]:
-        """A time a round."""
-        return self.measured.case.seconds[self.who]
+        """A time a round; none if it had no room."""
+        return self.case.seconds[self.who]
 
     @property
     def time(self) -> str:
         """The median."""
-        return duration(statistics.median(self.seconds)) if self.seconds else "no room"
+        return duration(self.case.median(self.who)) if self.seconds else "no room"
 
     @property
     def spread(self) -> str:
@@ -74,27 +75,25 @@ class Contestant:
     @property
     def rate(self) -> str:
         """What it computes, or moves, in a second."""
-        rate = self._rate
-        return "" if rate is None else per_second(rate, "B" if self.measured.case.bytes else "FLOP")
+        return per_second(self._rate, "B" if self.case.bytes else "FLOP") if self._rate else ""
 
     @property
     def share(self) -> str:
         """Its rate as a share of what the machine reached in the same run: in the bare product of
         that dtype, or in a copy."""
-        case = self.measured.case
-        what = "copy" if case.bytes else f"{case.dtype} product"
-        rate, machine = self._rate, self.measured.record.rates.get(what)
-        return percent(rate / machine) if rate and machine else ""
+        what = "copy" if self.case.bytes else f"{self.case.dtype} product"
+        reached = self.record.rates.get(what)
+        return percent(self._rate / reached) if self._rate and reached else ""
 
     @property
     def _rate(self) -> float | None:
-        counted = self.measured.case.count(self.who)
-        return counted / statistics.median(self.seconds) if counted and self.seconds else None
+        count = self.case.count(self.who)
+        return count / self.case.median(self.who) if count and self.seconds else None
 
     @property
     def memory(self) -> str:
         """What it holds at its peak beyond its inputs and results."""
-        extra = self.measured.case.extra.get(self.who)
+        extra = self.case.extra.get(self.who)
         if extra is None:
             return ""
         mib = extra / MIB
@@ -103,23 +102,20 @@ class Contestant:
     @property
     def ratio(self) -> str:
         """Ours as a fraction of it."""
-        return f"{self.measured.case.ratio(self.who):.2f}" if self._is_compared else ""
+        compared = self.who != "ours" and self.seconds
+        return f"{self.case.ratio(self.who):.2f}" if compared else ""
 
     @property
     def error(self) -> str:
         """The largest one against float64."""
-        error = self.measured.case.errors.get(self.who)
+        error = self.case.errors.get(self.who)
         return "" if error is None else f"{error:.1e}"
 
     @property
     def agreement(self) -> str:
         """Which share of the columns that it finds float64 finds too."""
-        share = self.measured.case.agreement.get(self.who)
-        return "" if share is None else f"{share:.2%}".replace("%", " %")
-
-    @property
-    def _is_compared(self) -> bool:
-        return self.who != "ours" and bool(self.seconds)
+        share = self.case.agreement.get(self.who)
+        return "" if share is None else percent(share, decimals=2)
 
 
 def duration(seconds: float) -> str:
@@ -127,9 +123,9 @@ def duration(seconds: float) -> str:
     return f"{_three_digits(seconds)} s" if seconds >= 1 else f"{_three_digits(1e3 * seconds)} ms"
 
 
-def percent(share: float) -> str:
+def percent(share: float, decimals: int = 0) -> str:
     """As a table shows it."""
-    return f"{share:.0%}".replace("%", " %")
+    return f"{100 * share:.{decimals}f} %"
 
 
 def per_second(rate: float, what: str) -> str:
