@@ -141,8 +141,8 @@ def test_the_document_has_the_newest_number_of_every_case(bench):
     link = "../results/2026-11-22-a-cpu-{}.json"
     second, first = (f"[{commit}]({link.format(commit)})" for commit in ("second", "first"))
     assert "## A (CPU), 2 threads, AVX512" in lines
-    assert f"{second}: Busy." in lines
-    assert f"{first}: Old." in lines
+    assert "\n".join(["", f"Of the run of {second}:", "", "- Busy.", ""]) in text
+    assert "\n".join(["", f"Of the run of {first}:", "", "- Old.", ""]) in text
     table = lines[lines.index("### pairwise") + 2 :]
     assert [line.strip() for line in table] == [
         "| | | median | rate | share | extra memory | ours / it | error |",

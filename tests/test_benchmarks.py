@@ -252,6 +252,17 @@ def test_what_the_check_says(tmp_path):
     ]
 
 
+def test_a_check_too_noisy_to_find_much_says_so(tmp_path):
+    noisy = {"ours": [1.0] * 3, "ours again": [1.5] * 3, "peer": [2.0] * 3}
+    write(made_up_run({"a case": {"ours": [1.0], "peer": [2.0]}}), tmp_path / "results")
+    new = write(made_up_run({"a case": noisy}), tmp_path / "new")
+    told, kept = check([new], tmp_path / "results")
+    assert kept
+    assert told.splitlines()[1:] == [
+        "  so noisy that less than 1.5 times as much is no loss: 1 ratio"
+    ]
+
+
 def test_a_folder_is_checked_and_a_run_is_not_compared_with_itself(tmp_path):
     steady = {"ours": [1.0] * 3, "peer": [2.0] * 3}
     slower = {"ours": [2.0] * 3, "peer": [2.0] * 3}

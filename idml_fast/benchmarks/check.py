@@ -24,6 +24,7 @@ from pathlib import Path
 from .records import INDEX, Case, Record, RecordError, read, read_folder
 
 MARGIN = 1.15  # what a ratio may grow by, beyond noise
+BLUNT = 1.5  # where noise lets a ratio grow by this, its comparison says little
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,11 @@ def _told(record: Record, outcome: Outcome) -> str:
             for x in compared
             if x.case == title
         ]
+    blunt = [x for x in compared if x.limit > BLUNT * x.then]
+    if blunt:
+        lines.append(
+            f"  so noisy that less than {BLUNT:g} times as much is no loss: {_number(blunt, 'ratio')}"
+        )
     others = {x.before.torch for x in compared} - {record.torch}
     if others:
         lines.append(

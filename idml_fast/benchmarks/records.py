@@ -134,7 +134,8 @@ class Record:
     @property
     def place(self) -> str:
         """In words, what it was measured on."""
-        threads = [] if self.threads is None else [f"{self.threads} threads"]
+        plural = "s" if self.threads != 1 else ""
+        threads = [] if self.threads is None else [f"{self.threads} thread{plural}"]
         return ", ".join([self.device, *threads, *filter(None, [self.instructions])])
 
 

@@ -57,10 +57,10 @@ class Device:
         return {op: found[op] for op in [*known, *sorted(found.keys() - set(known))]}
 
     @property
-    def notes(self) -> list[tuple[Record, str]]:
-        """What should be known of runs whose numbers are shown."""
+    def noted(self) -> list[Record]:
+        """The runs whose numbers are shown and of which something should be known, newest first."""
         shown = {x.record.name for x in newest(self.records).values()}
-        return [(x, note) for x in self.records if x.name in shown for note in x.notes]
+        return [x for x in reversed(self.records) if x.notes and x.name in shown]
 
     @property
     def rates(self) -> dict[str, str]:
