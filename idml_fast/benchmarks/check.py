@@ -172,9 +172,8 @@ def _told(record: Record, outcome: Outcome) -> str:
         ]
     blunt = [x for x in compared if x.limit > BLUNT * x.then]
     if blunt:
-        lines.append(
-            f"  so noisy that less than {BLUNT:g} times as much is no loss: {_number(blunt, 'ratio')}"
-        )
+        number = _number(blunt, "ratio")
+        lines.append(f"  so noisy that less than {BLUNT:g} times as much is no loss: {number}")
     others = {x.before.torch for x in compared} - {record.torch}
     if others:
         lines.append(
