@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 from idml_fast import Metric, backend, losses
+from idml_fast._files import write_text, written_whole
 from idml_fast.evaluation import CORRUPTIONS
 from idml_fast.train import Config, TwoHeaded, load, load_config, load_loss, run
 from idml_fast.train.config import (
@@ -35,7 +36,7 @@ from idml_fast.train.config import (
 )
 from idml_fast.train.criterion import LOSSES, TASKS
 from idml_fast.train.data import load_data
-from idml_fast.train.folder import FILES, open_folder, to_json, write_text, written_whole
+from idml_fast.train.folder import FILES, open_folder, to_json
 from idml_fast.train.loop import batch_loss, train
 from idml_fast.train.mixing import mix
 from idml_fast.train.model import save

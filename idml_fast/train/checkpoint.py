@@ -23,10 +23,11 @@ from torch.amp import GradScaler
 from torch.optim.lr_scheduler import LRScheduler
 
 from .. import __version__
+from .._files import written_whole
 from .config import Config
 from .criterion import Criterion
 from .data import Data
-from .folder import CHECKPOINTS, RunError, described, difference, written_whole
+from .folder import CHECKPOINTS, RunError, described, difference
 from .model import TwoHeaded
 from .processes import Processes
 

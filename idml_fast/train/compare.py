@@ -10,9 +10,10 @@ from typing import Any
 
 from matplotlib import rc_context
 
+from .._files import write_text
 from ..evaluation.pictures import STYLE, colors, drawing, in_percent, in_powers, svg
 from .config import Config
-from .folder import RunError, flat, read_config, write_text
+from .folder import RunError, flat, read_config
 from .outcome import JUDGED
 from .report import NORM, ROWS, cell, render
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._files import write_text
 from ..evaluation import clustering, retrieval, uncertainty_table
 from ..evaluation.files import FileError, Items, check_gallery, metadata, numbered, read_items
 from ..metric import Metric
 from .criterion import SettingsError
 from .data import load_data
-from .folder import read_config, to_json, write_text
+from .folder import read_config, to_json
 from .model import METADATA, load
 from .outcome import embed_all
 

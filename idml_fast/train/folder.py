@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from .._files import write_text
 from .config import Config, config_of
 
 FILES = (
@@ -32,27 +30,6 @@ TENSORBOARD = "tensorboard"
 
 class RunError(ValueError):
     """A folder is not the run that is asked for; the message names it."""
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name once the block is done.
-
-    A run that is killed within the block leaves ``path`` as it was.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    os.replace(partial, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, whole or not at all."""
-    with written_whole(path) as partial:
-        partial.write_text(text, "utf-8")
 
 
 def to_json(value: dict, indent: int | None = None) -> str:

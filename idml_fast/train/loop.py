@@ -13,12 +13,13 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
+from .._files import write_text
 from ..metric import Metric
 from .checkpoint import Checkpoints, Training, remove_checkpoints, signals
 from .config import Config
 from .criterion import Criterion, SettingsError
 from .data import BatchSampler, Data, load_data, loader
-from .folder import open_folder, to_json, write_text
+from .folder import open_folder, to_json
 from .images import Images, to_float
 from .mixing import mix
 from .model import TwoHeaded, save

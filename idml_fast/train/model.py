@@ -16,10 +16,10 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .._files import written_whole
 from ..metric import Metric
 from .config import LossConfig, ModelConfig
 from .criterion import Criterion
-from .folder import written_whole
 
 METADATA = "idml_fast"  # the entry of a model file that says how to build its network
 

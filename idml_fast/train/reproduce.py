@@ -13,10 +13,10 @@ import yaml
 from matplotlib import rc_context
 from scipy.stats import t as student_t
 
+from .._files import write_text
 from ..evaluation.pictures import COLORS, STYLE, drawing, svg
 from .config import RECIPES, Config
 from .criterion import SettingsError
-from .folder import write_text
 from .outcome import JUDGED, QUALITIES
 from .paper import NAMES, merged, published
 from .report import render

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .._files import write_text
 from .checkpoint import Checkpoints
 from .config import Config, config_of
 from .criterion import SettingsError
 from .data import load_data
-from .folder import CHECKPOINTS, described, difference, flat, to_json, write_text
+from .folder import CHECKPOINTS, described, difference, flat, to_json
 from .loop import train
 from .outcome import evaluate
 from .paper import merged

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import false_discovery_control, ttest_rel
 
+from .._files import write_text
 from ..evaluation import CORRUPTIONS
 from ..metric import Metric
-from .folder import write_text
 from .paper import merged
 from .processes import is_main
 from .reproduce import load_recipe

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rc_context
 
+from .._files import write_text
 from ..evaluation.pictures import COLORS, STYLE, drawing, svg
 from .config import Config, config_of
 from .criterion import SettingsError
 from .data import load_data
-from .folder import flat, write_text
+from .folder import flat
 from .loop import check
 from .paper import NAMES, cells, merged, published, recipe
 from .processes import Processes, accelerator_of, is_main

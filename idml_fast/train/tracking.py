@@ -19,9 +19,10 @@ from accelerate.utils import (
 from torch import Tensor
 from tqdm import tqdm
 
+from .._files import write_text
 from .config import Config
 from .criterion import SettingsError
-from .folder import CSV, described, flat, write_text
+from .folder import CSV, described, flat
 
 TRACKERS = {
     "tensorboard": is_tensorboard_available,
