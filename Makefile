@@ -4,6 +4,7 @@
 #   make demo-images  the same from image files, stopped and resumed; runs/demo-images/report.html
 #   make test         all tests
 #   make bench        ours beside its peers, in a table
+#   make precision    the errors of every precision, into docs/precision.md
 #   make gpu-check    on a machine with a GPU: tests, compute-sanitizer, benchmarks; no network
 #   make lint         what has to hold before a commit; `make format` mends most of it
 #
@@ -17,7 +18,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 NATIVE := $(wildcard csrc/*.* kernels/*/*.h kernels/*/*.cpp kernels/*/*.cuh kernels/*/*.cu)
 
-.PHONY: demo demo-images test bench gpu-check lint format
+.PHONY: demo demo-images test bench precision gpu-check lint format
 
 demo: $(INSTALLED)
 	$(BIN)/idml-fast train --name demo --run.overwrite true
@@ -32,6 +33,9 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+
+precision: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore bench/precision.py
 
 # With the Python, torch and Triton that are there, compiled for the GPU that is there. A step has a
 # limit in seconds, nine minutes in all, and runs whatever became of those before it; the exit code
