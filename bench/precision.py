@@ -297,6 +297,7 @@ def served(way: Way) -> Iterator[None]:
 
 def record() -> dict[str, Any]:
     """The errors of everything, and what they belong to: what the document is made of."""
+    about = machine()
     jobs = [job for job in itertools.product(OPERATIONS, WAYS) if has_products(*job)]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         rows = dict(zip(jobs, pool.map(measure, *zip(*jobs, strict=True)), strict=True))
@@ -304,7 +305,7 @@ def record() -> dict[str, Any]:
         if (op, way) not in rows:
             same = rows[op, way._replace(mode="ieee")]
             rows[op, way] = same | {"mode": way.mode, "allowed": way.allowed}
-    return {**machine(), "rows": [rows[job] for job in itertools.product(OPERATIONS, WAYS)]}
+    return {**about, "rows": [rows[job] for job in itertools.product(OPERATIONS, WAYS)]}
 
 
 def has_products(op: str, way: Way) -> bool:
