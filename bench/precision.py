@@ -38,6 +38,7 @@ from torch.nn.functional import normalize
 import idml_fast
 from idml_fast import _C, Metric, reference
 from idml_fast import backend as backends
+from idml_fast._triton import configs, interpreter, tile
 from idml_fast.stats import LogSumExp, Sum
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,9 +79,8 @@ class Way(NamedTuple):
         the truth."""
         if self.dtype == "float64":
             return None
-        from idml_fast._triton.configs import PRODUCT_ERRORS
-
-        return 2 * PRODUCT_ERRORS.get(self.mode, PRODUCT_ERRORS["ieee"]) / PRODUCT_ERRORS["ieee"]
+        errors = configs.PRODUCT_ERRORS
+        return 2 * errors.get(self.mode, errors["ieee"]) / errors["ieee"]
 
 
 WAYS = (
@@ -264,7 +264,7 @@ def measure(
 
 def promises(way: Way, what: str, distribution: str) -> bool:
     """Whether an entry is held to the rule: not the gradients of near pairs on a GPU in float32,
-    whose error is that of embeddings rounded once more."""
+    which are as exact as if the embeddings had been rounded once more."""
     near = [
         x.name for x in DISTRIBUTIONS if x.apart is not None and x.apart**2 / 2 < reference.NEAR
     ]
@@ -280,8 +280,6 @@ def to_double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def served(way: Way) -> Iterator[None]:
     """Kernels are run this way, in one thread; Triton's by the mended interpreter, in large tiles
     (which take it less time), and as in a problem of many."""
-    from idml_fast._triton import configs, interpreter, tile
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     large = configs.Configs(*[configs.Config(64, 64, 64, 4, 1)] * 3)
@@ -291,8 +289,10 @@ def served(way: Way) -> Iterator[None]:
         patch.object(configs, "TABLE", dict.fromkeys(configs.TABLE, large)),
         patch.object(tile, "FEW_TILES", 0),
     ):
-        yield
-    torch.set_num_threads(threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def record() -> dict[str, Any]:
