@@ -5,6 +5,7 @@
 #   make test         all tests
 #   make bench        ours beside its peers, in a table
 #   make bench-check  the same, and fails where ours has become slower beside them than recorded
+#   make precision    the errors of every precision, into docs/precision.md
 #   make gpu-check    on a machine with a GPU: tests, compute-sanitizer, benchmarks; no network
 #   make lint         what has to hold before a commit; `make format` mends most of it
 #
@@ -21,7 +22,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 NATIVE := $(wildcard csrc/*.* kernels/*/*.h kernels/*/*.cpp kernels/*/*.cuh kernels/*/*.cu)
 
-.PHONY: demo demo-images test bench bench-check gpu-check lint format
+.PHONY: demo demo-images test bench bench-check precision gpu-check lint format
 
 demo: $(INSTALLED)
 	$(BIN)/idml-fast train --name demo --run.overwrite true
@@ -41,6 +42,9 @@ bench-check: $(INSTALLED)
 	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && trap 'exit 130' INT TERM && \
 	$(BIN)/python -m pytest bench/ --benchmark-only --record="$$new" $(ARGS) && \
 	$(BIN)/idml-fast bench check "$$new" --results $(RESULTS)
+
+precision: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore bench/precision.py
 
 # With the Python, torch and Triton that are there, compiled for the GPU that is there. A step has a
 # limit in seconds, nine minutes in all, and runs whatever became of those before it; the exit code

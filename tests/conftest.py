@@ -25,7 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # reads this when it is imported, and Triton when it meets a kernel. Where there is a GPU the
 # kernels are compiled for it: tests/test_gpu*.py are theirs there.
 if torch.cuda.is_available():
-    collect_ignore_glob = ["test_triton*.py", "test_cuda.py"]
+    collect_ignore_glob = ["test_triton*.py", "test_cuda.py", "test_precision.py"]
 else:
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -57,36 +57,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def interpreter() -> Iterator[None]:
-    """Triton's interpreter, mended: it keeps bfloat16 as the integers of its bits, which it would
-    multiply as integers, and cuts off what a rounding to bfloat16 should round to the nearest."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    """Triton's interpreter rounds as a GPU does."""
+    from idml_fast._triton.interpreter import mended
 
-    def convert(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
-        bits = torch.from_numpy(np.ascontiguousarray(data))
-        if dtype == tl.bfloat16:
-            return bits.bfloat16().view(torch.uint16).numpy()
-        return bits.view(torch.bfloat16).float().numpy()
-
-    create_dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
-
-    def mended_dot(self: Any, a: TensorHandle, b: TensorHandle, *others: Any) -> TensorHandle:
-        wide = [
-            TensorHandle(convert(x.data, tl.float32), tl.float32)
-            if x.dtype.scalar == tl.bfloat16
-            else x
-            for x in (a, b)
-        ]
-        return create_dot(self, *wide, *others)
-
-    def mended_cast(self: Any, x: TensorHandle, dtype: tl.dtype) -> TensorHandle:
-        if {x.dtype.scalar, dtype.scalar} == {tl.float32, tl.bfloat16}:
-            return TensorHandle(convert(x.data, dtype.scalar), dtype.scalar)
-        return cast(self, x, dtype)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "create_dot", mended_dot)
-        patch.setattr(InterpreterBuilder, "cast_impl", mended_cast)
+    with mended():
         yield
 
 

@@ -34,6 +34,7 @@ from conftest import (
     to_double,
 )
 from conftest import assert_follows_the_rule as assert_pairwise_follows_the_rule
+from idml_fast._triton.configs import PRODUCT_ERRORS
 from test_pairwise import (
     IDENTICAL,
     assert_together_follow_the_rule,
@@ -62,14 +63,8 @@ pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 FLOAT, DOUBLE = torch.float32, torch.float64
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# How float32 is multiplied: the precision of the eager products that the result is held to, and
-# the relative error of a product.
-MODES = {
-    "ieee": ("highest", 2.0**-23),
-    "tf32x3": ("highest", 2.0**-21),
-    "bf16x3": ("high", 2.0**-15),
-    "tf32": ("high", 2.0**-10),
-}
+# How float32 is multiplied, and the precision of the eager products that the result is held to.
+MODES = {"ieee": "highest", "tf32x3": "highest", "bf16x3": "high", "tf32": "high"}
 METRICS = test_rowstats.METRICS
 METRIC = METRICS["distance"]
 
@@ -95,7 +90,7 @@ def multiplying(arithmetic: str) -> Iterator[torch.dtype]:
     """A dtype for embeddings, and float32 products as wanted, ours and eager's."""
     before = backends.precision, torch.get_float32_matmul_precision()
     backends.precision = arithmetic if arithmetic in MODES else None
-    torch.set_float32_matmul_precision(MODES.get(arithmetic, MODES["ieee"])[0])
+    torch.set_float32_matmul_precision(MODES.get(arithmetic, "highest"))
     try:
         yield HALVES.get(arithmetic, FLOAT)
     finally:
@@ -193,7 +188,7 @@ def test_accuracy(op, m, metric, arithmetic, dtype):
     # No width is a multiple of 16. Rows against themselves have as many scores as there are rows.
     n = 397 if COLUMNS[op] == 530 else 139
     inputs = on_device(draw(n, m and COLUMNS[op], 83, 41, dtype=dtype))
-    eps = MODES[arithmetic][1] if arithmetic in MODES else None
+    eps = PRODUCT_ERRORS.get(arithmetic)
     RULES[op](inputs, METRICS[metric], eps)
 
 
@@ -791,7 +786,7 @@ def test_errors_of_every_precision(record, monkeypatch):
     record("errors", table)
     for op, modes in table.items():
         for mode, errors in modes.items():
-            bound = 2 * MODES[mode][1] / MODES["ieee"][1]
+            bound = 2 * PRODUCT_ERRORS[mode] / PRODUCT_ERRORS["ieee"]
             assert max(errors.values()) <= bound, f"{op}, {mode}: {errors}, bound {bound}"
 
 

@@ -73,7 +73,7 @@ def test_precision_follows_the_switch_of_pytorch_unless_it_is_set(switch, monkey
 
 @pytest.mark.parametrize("precision", backend.PRECISIONS)
 def test_the_products_are_of_the_precision_that_is_set(precision, monkeypatch):
-    """The kernel is told; the interpreter multiplies all alike."""
+    """The kernel is told."""
     told = []
 
     def launch(kernel, programs, device, *arguments, **options):
@@ -85,6 +85,19 @@ def test_the_products_are_of_the_precision_that_is_set(precision, monkeypatch):
     (arguments,) = told
     assert precision in arguments
     assert configs.near_of(FLOAT, precision) in arguments
+
+
+@pytest.mark.parametrize("precision", backend.PRECISIONS)
+def test_the_interpreter_rounds_as_the_precision_says(precision, monkeypatch):
+    """Products of positive numbers, whose errors do not cancel: a cosine has the error of one."""
+    monkeypatch.setattr(backend, "precision", precision)
+    sem, sem2 = (draw(40, None, 64, 1, dtype=FLOAT, seed=seed)["sem"].abs() for seed in (0, 1))
+    options = {"unc": None, "unc2": None, "metric": Metric.plain("cosine")}
+    found = pairwise(sem, sem2=sem2, **options, backend="triton")
+    truth = pairwise(sem.double(), sem2=sem2.double(), **options, backend="reference")
+    error = (found - truth).abs().max().item()
+    of_product, of_sum = configs.PRODUCT_ERRORS[precision], 2.0**-22
+    assert of_product / 32 <= error <= of_product + of_sum
 
 
 def test_an_unknown_precision_is_refused(monkeypatch):

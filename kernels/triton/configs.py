@@ -38,6 +38,8 @@ KINDS = ("half", *backend.PRECISIONS)
 WIDTHS = (64, 128, 512)
 ARCHITECTURES = (80, 86, 90, 100)
 INTERPRETED = Configs(*[Config(16, 16, 16, 4, 1)] * 3)
+# The relative error of a product of float32, by its precision.
+PRODUCT_ERRORS = {"ieee": 2.0**-23, "tf32x3": 2.0**-21, "bf16x3": 2.0**-15, "tf32": 2.0**-10}
 
 
 def _configs(kind: str, width: int, architecture: int) -> Configs:

@@ -35,6 +35,9 @@ LOOKED_AT = 128
 # Items and features at a time of `squared_norms`.
 NORM_ITEMS = tl.constexpr(16)
 NORM_WIDTH = tl.constexpr(256)
+# Squares of differences that are added up apart: the error of a sum grows with the terms that are
+# added one after the other.
+SUMMED = tl.constexpr(16)
 
 
 class Chunk(NamedTuple):
@@ -330,13 +333,19 @@ def squares_of_differences(x, y, rows, cols, SIGN: tl.constexpr, WIDTH: tl.const
     left_place = rows * row_stride
     right_place = cols * col_stride
     found = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
-    for _ in tl.range(0, WIDTH, num_stages=1):
-        a = tl.load(left + left_place).to(tl.float32)
-        b = tl.load(right + right_place).to(tl.float32)
-        difference = a[:, None] + SIGN * b[None, :]
-        found += difference * difference
-        left += left_stride
-        right += right_stride
+    feature = 0
+    while feature < WIDTH:
+        part = tl.zeros_like(found)
+        end = tl.minimum(feature + SUMMED, WIDTH)
+        while feature < end:
+            a = tl.load(left + left_place).to(tl.float32)
+            b = tl.load(right + right_place).to(tl.float32)
+            difference = a[:, None] + SIGN * b[None, :]
+            part += difference * difference
+            left += left_stride
+            right += right_stride
+            feature += 1
+        found += part
     return found
 
 
