@@ -2,18 +2,21 @@
 
 Among the contestants is one bare product of square matrices: the share of its rate that ours reach
 is that of the machine as it is in this run. What is counted are the products that the definition
-asks for: two forward, four more backward for two sets, two for rows against themselves.
+asks for: two forward, four more backward for two sets, two for rows against themselves. Beside one
+case each are the ways of others to bound the memory: some rows at a time and again in the backward
+(chunked), gradients in the forward (Liger), tiles of a log-sum-exp (Inf-CL).
 """
 
 from functools import partial
 
 import pytest
 import race
+import rivals
 import torch
 from bench_paired import formula as paired_formula
-from bench_rowstats import METRIC, MULTI_SIMILARITY, formula
+from bench_paired import numbers, operations
+from bench_rowstats import METRIC, MULTI_SIMILARITY
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import idml_fast
 from idml_fast import backend
@@ -22,8 +25,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 DEVICE = "cuda"
 BF16 = torch.bfloat16
+PART = 192  # rows and columns of the problem whose results are compared with float64's
 PRODUCT = 8192  # rows and columns of the bare product
 CHUNK = 2048  # rows that the chunked peer takes at a time
+TILE = 8192  # rows and columns of the tiles of Inf-CL's way
+PROXY_CHUNK = 13_348  # proxies at a time: a seventh of 93,431
 # What runs the formula. To compile it takes longer than all the rounds of a case.
 FORMULAS = {"forward": ("eager",), "forward + backward": ("compile", "eager")}
 SETS = pytest.mark.parametrize("sets", ["two sets", "self"])
@@ -44,6 +50,8 @@ CLASSES = {  # of a batch, with a proxy each
     1024: 60_000,
     4096: 93_431,  # MS1M's faces
 }
+MANY_CLASSES, NARROW = 2_060_000, 256  # faces with a proxy each; the width of their embeddings
+IN_BOUNDS = ("chunked", "in forward", "tiled")  # peers whose memory does not grow with N x M
 # The CUDA kernels beside those of Triton: who is ours, and how many times as fast it has to be for
 # a place in `idml_fast.backend.CUDA_IS_FASTER`.
 BACKENDS = {"ours": "cuda", "triton": "triton"}
@@ -69,7 +77,7 @@ def gpu_case(title, build, shape, flop, peers=("product",), **rest) -> race.Case
         flop=flop,
         device="cuda",
         product_flop=2.0 * PRODUCT**3,
-        **rest,
+        **{"dtype": "bf16", "truth": (PART,) * len(shape), **rest},
     )
 
 
@@ -88,33 +96,31 @@ def product():
 
 
 def contestants(
-    ours, dense, leaves, passes, peers, *, upstream=None, chunked=None
+    ours, dense, leaves, passes, peers, *, upstream=None, others=None
 ) -> race.Contestants:
-    """Ours and the formula, which take the leaves: eager, compiled, and in chunks if given."""
+    """Ours and the formula, which take the leaves: eager, compiled, and in the other ways given,
+    each made if it is asked for."""
 
-    def run(function):
-        def forward():
+    def step(function, *leaves):
+        if passes == "forward":
             with torch.no_grad():
                 return (function(*leaves),)
+        results = function(*leaves)
+        gradient = None if upstream is None else upstream.to(results)
+        return (results.detach(), *torch.autograd.grad(results, leaves, gradient))
 
-        def backward():
-            results = function(*leaves)
-            return (results.detach(), *torch.autograd.grad(results, leaves, upstream))
-
-        return forward if passes == "forward" else backward
-
-    def compiled():
-        torch.compiler.reset()  # or the limit on recompilations makes the later cases eager ones
-        return run(torch.compile(dense, dynamic=False))
+    def run(function):
+        return partial(step, function, *leaves)
 
     for leaf in leaves:
         leaf.requires_grad_(passes != "forward")
     build = {
+        "truth": lambda: rivals.truth(partial(step, ours), leaves),
         "product": product,
         "eager": lambda: run(dense),
-        "compile": compiled,
-        "chunked": lambda: run(chunked),
+        "compile": lambda: run(rivals.compiled(dense)),
     }
+    build |= {who: lambda make=make: run(make()) for who, make in (others or {}).items()}
     return {"ours": run(ours)} | {peer: build[peer]() for peer in peers if peer in build}
 
 
@@ -136,8 +142,20 @@ def test_rowstats(race_case, width, rows, passes, sets):
             (rows, rows),
             products * 2.0 * rows * rows * width,
             share_bar=SHARES[width][passes],
-            peers=("product", *BARS) if beside else ("product",),
+            peers=("product", *BARS, *IN_BOUNDS[1:]) if beside else ("product",),
             bars=BARS if beside else {},
+            memory_bar=MEMORY_BAR,
+        )
+    )
+
+
+def test_rowstats_of_a_large_batch(race_case, rows=65_536, width=128):
+    race_case(
+        gpu_case(
+            f"rowstats, two sets, forward + backward, {rows} x {rows}, D = {width}",
+            partial(multi_similarity, width=width, sets="two sets", passes="forward + backward"),
+            (rows, rows),
+            6 * 2.0 * rows * rows * width,
             memory_bar=MEMORY_BAR,
         )
     )
@@ -171,36 +189,53 @@ def multi_similarity(
         found = idml_fast.rowstats(*sides, **given, stats=MULTI_SIMILARITY)
         return (F.softplus(found["pull"]) / 2 + F.softplus(found["push"]) / 50).mean()
 
-    def terms(sem, unc, sem2, unc2, own, cols, place):
-        """Of some rows. No exponent is above 25, so that the sums need no maximum."""
-        beta = unc.square().sum(1)[:, None] + unc2.square().sum(1) + 2 * unc @ unc2.T
-        scores = formula(sem, unc, sem2, beta.clamp(min=1e-12).sqrt())
+    def exponents(sem, unc, own, place, sem2, unc2, cols, places2):
+        """Of some rows and columns; -inf of a pair that does not count. None is above 25, so that
+        their sums need no maximum."""
+        scores = rivals.cosine_form(sem, sem2, rivals.distances(unc, unc2, 1), METRIC)
         same = own[:, None] == cols
-        positive = same if two_sets else same & (place[:, None] != places)
-        sums = torch.promote_types(dtype, torch.float32)
-        pull = torch.where(positive, torch.exp(-2 * (scores - 0.5)), 0).sum(1, dtype=sums)
-        push = torch.where(same, 0, torch.exp(50 * (scores - 0.5))).sum(1, dtype=sums)
+        positive = same if two_sets else same & (place[:, None] != places2)
+        pull = (-2 * (scores - 0.5)).masked_fill(~positive, -torch.inf)
+        return pull, (50 * (scores - 0.5)).masked_fill(same, -torch.inf)
+
+    def terms(*sides):
+        """Of some rows."""
+        wide = torch.promote_types(dtype, torch.float32)
+        pull, push = (x.exp().sum(1, dtype=wide) for x in exponents(*sides))
         return torch.log1p(pull) / 2 + torch.log1p(push) / 50
 
-    def dense(sem, unc, sem2=None, unc2=None):
-        columns = (sem2, unc2) if two_sets else (sem, unc)
-        return terms(sem, unc, *columns, labels, labels2 if two_sets else labels, places).mean()
+    def log_sums(*sides):
+        """Of some rows and columns."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return torch.stack([x.exp().sum(1, dtype=wide).log() for x in exponents(*sides)], 1)
+
+    def split(sem, unc, sem2=None, unc2=None):
+        """What belongs to rows, and what belongs to columns."""
+        rows = sem, unc, labels, places
+        return rows, (sem2, unc2, labels2, torch.arange(m, device=DEVICE)) if two_sets else rows
+
+    def dense(*leaves):
+        rows, columns = split(*leaves)
+        return terms(*rows, *columns).mean()
 
     part = torch.compile(terms, dynamic=False)
+    tile = torch.compile(log_sums, dynamic=False)
 
-    def chunked(sem, unc, sem2=None, unc2=None):
-        """cuBLAS' products of some rows at a time and a fused epilogue, again in the backward."""
-        columns = (sem2, unc2) if two_sets else (sem, unc)
-        found = []
-        for first in range(0, n, CHUNK):
-            rows = slice(first, first + CHUNK)
-            arguments = sem[rows], unc[rows], *columns, labels[rows]
-            arguments = *arguments, labels2 if two_sets else labels, places[rows]
-            found.append(checkpoint(part, *arguments, use_reentrant=False))
-        return torch.cat(found).mean()
+    def chunked(*leaves):
+        return rivals.chunked(part, *split(*leaves), CHUNK).mean()
+
+    def in_forward(*leaves):
+        rows, columns = split(*leaves)
+        return rivals.InForward.apply(part, CHUNK, len(rows), *rows, *columns) / n
+
+    def tiled(*leaves):
+        pull, push = rivals.tiled(tile, *split(*leaves), TILE).unbind(1)
+        return (F.softplus(pull) / 2 + F.softplus(push) / 50).mean()
 
     leaves = [x for k in range(1 + two_sets) for x in embeddings((n, m)[k], width, dtype, k)]
-    return contestants(ours, dense, leaves, passes, peers, chunked=chunked)
+    ways = {"chunked": chunked, "in forward": in_forward, "tiled": tiled}
+    others = {who: lambda way=way: way for who, way in ways.items()}
+    return contestants(ours, dense, leaves, passes, peers, others=others)
 
 
 def test_rowstats_in_float32(race_case, rows=16_384, width=512):
@@ -211,6 +246,7 @@ def test_rowstats_in_float32(race_case, rows=16_384, width=512):
             (rows, rows),
             6 * 2.0 * rows * rows * width,
             peers=("product", "tf32x3", "tf32"),
+            dtype="fp32",
         )
     )
 
@@ -219,7 +255,8 @@ def in_float32(n, m, peers, *, width) -> race.Contestants:
     """Ours in IEEE float32, and ours in other ways to multiply it."""
     options = {"width": width, "sets": "two sets", "passes": "forward + backward"}
     options["dtype"] = torch.float32
-    found = multi_similarity(n, m, [peer for peer in peers if peer == "product"], **options)
+    not_ours = [peer for peer in peers if peer in ("product", "truth")]
+    found = multi_similarity(n, m, not_ours, **options)
     ours = found["ours"]
 
     def run(precision):
@@ -230,7 +267,7 @@ def in_float32(n, m, peers, *, width) -> race.Contestants:
         finally:
             backend.precision = before
 
-    modes = [peer for peer in peers if peer != "product"]
+    modes = [peer for peer in peers if peer not in not_ours]
     return found | {"ours": partial(run, "ieee")} | {mode: partial(run, mode) for mode in modes}
 
 
@@ -246,7 +283,20 @@ def test_proxy_anchor(race_case, batch, width=512):
             partial(proxy_anchor, width=width),
             (batch, classes),
             3 * 2.0 * batch * classes * width,  # the proxies are certain
-            peers=("product", "compile", "eager"),
+            # Where the classes are many, in Liger's way too.
+            peers=("product", "compile", "eager", *(["in forward"] if batch == 4096 else [])),
+        )
+    )
+
+
+def test_proxy_anchor_of_many_classes(race_case, batch=4096):
+    race_case(
+        gpu_case(
+            f"Proxy-Anchor, forward + backward, {batch} x {MANY_CLASSES}, D = {NARROW}",
+            partial(proxy_anchor, width=NARROW),
+            (batch, MANY_CLASSES),
+            3 * 2.0 * batch * MANY_CLASSES * NARROW,
+            rounds=3,
         )
     )
 
@@ -260,15 +310,29 @@ def proxy_anchor(n, m, peers, *, width, dtype=BF16) -> race.Contestants:
     def ours(sem, unc, proxies):
         return idml_fast.losses.proxy_anchor_loss(sem, unc, labels, proxies=proxies, metric=METRIC)
 
-    def dense(sem, unc, proxies):
-        scores = formula(sem, unc, proxies, unc.norm(dim=1)[:, None])
+    def terms(proxies, classes, sem, unc, labels, present):
+        """Of some proxies."""
+        scores = rivals.cosine_form(sem, proxies, unc.norm(dim=1)[:, None], METRIC)
         scores = scores.to(torch.promote_types(dtype, torch.float32))
         same = labels[:, None] == classes
         pull = torch.where(same, torch.exp(-32 * (scores - 0.1)), 0).sum(0)
         push = torch.where(same, 0, torch.exp(32 * (scores + 0.1))).sum(0)
-        return torch.log1p(pull).sum() / same.any(0).sum() + torch.log1p(push).sum() / m
+        return torch.log1p(pull) / present + torch.log1p(push) / m
 
-    return contestants(ours, dense, [sem, unc, proxies], "forward + backward", peers)
+    def present():
+        return torch.zeros(m, device=DEVICE).index_fill(0, labels, 1).sum()
+
+    def dense(sem, unc, proxies):
+        return terms(proxies, classes, sem, unc, labels, present()).sum()
+
+    part = torch.compile(terms, dynamic=False)
+
+    def in_forward(sem, unc, proxies):
+        sides = proxies, classes, sem, unc, labels, present()
+        return rivals.InForward.apply(part, PROXY_CHUNK, 2, *sides)
+
+    leaves, others = [sem, unc, proxies], {"in forward": lambda: in_forward}
+    return contestants(ours, dense, leaves, "forward + backward", peers, others=others)
 
 
 # --------------------------------------------------------------------------------- pairwise, paired
@@ -289,8 +353,7 @@ def test_pairwise(race_case, passes, rows=16_384, width=512):
 
 def scores(n, m, peers, *, width, passes, dtype=BF16, backend=None) -> race.Contestants:
     def dense(sem, unc, sem2, unc2):
-        beta = unc.square().sum(1)[:, None] + unc2.square().sum(1) + 2 * unc @ unc2.T
-        return formula(sem, unc, sem2, beta.clamp(min=1e-12).sqrt())
+        return rivals.cosine_form(sem, sem2, rivals.distances(unc, unc2, 1), METRIC)
 
     ours = partial(idml_fast.pairwise, metric=METRIC, backend=backend)
     leaves = [*embeddings(n, width, dtype, 0), *embeddings(m, width, dtype, 1)]
@@ -309,7 +372,8 @@ def test_paired(race_case, passes, items=60_502, pairs=1_000_000, width=512):
             f"paired, {passes}, {pairs} pairs of {items} items, D = {width}",
             partial(listed, width=width, passes=passes),
             (items, pairs),
-            6.0 * width * (1 if passes == "forward" else 5) * pairs,
+            operations(passes, width) * pairs,
+            bytes=2.0 * numbers(passes, width) * pairs,
             peers=FORMULAS[passes],
         )
     )
@@ -352,11 +416,10 @@ def search(n, m, peers, *, width, k, chunk, dtype=BF16, backend=None) -> race.Co
     def scores(sem, unc):
         """As a user writes them, with the products of cuBLAS."""
         alpha, beta = (
-            (x.square().sum(1)[:, None] + y.square().sum(1) + 2 * sign * x @ y.T)
+            rivals.distances(x, y, sign)
             for x, y, sign in ((sem, columns[0], -1), (unc, columns[1], 1))
         )
-        alpha, beta = alpha.clamp(min=1e-12).sqrt(), beta.clamp(min=1e-12).sqrt()
-        return alpha * torch.exp(-(beta + metric.gamma) / (metric.tau * alpha))
+        return rivals.distance_form(alpha, beta, metric)
 
     part = torch.compile(scores, dynamic=False)
 
@@ -365,9 +428,14 @@ def search(n, m, peers, *, width, k, chunk, dtype=BF16, backend=None) -> race.Co
         found = [part(*x).topk(k, largest=False) for x in parts]
         return torch.cat([x.values for x in found]), torch.cat([x.indices for x in found])
 
-    build = {"product": product, "chunked": lambda: chunked}
-    ours = partial(idml_fast.nearest, *rows, *columns, k=k, metric=metric, backend=backend)
-    return {"ours": ours} | {peer: build[peer]() for peer in peers}
+    ours = partial(idml_fast.nearest, k=k, metric=metric, backend=backend)
+    sides = *rows, *columns
+    build = {
+        "truth": lambda: rivals.truth(ours, sides),
+        "product": product,
+        "chunked": lambda: chunked,
+    }
+    return {"ours": partial(ours, *sides)} | {peer: build[peer]() for peer in peers}
 
 
 # --------------------------------------------------------------------------------- the CUDA kernels
