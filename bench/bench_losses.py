@@ -148,11 +148,12 @@ def contestants(n: int, peers: tuple[str, ...], *, name: str) -> race.Contestant
     ours, theirs = (make(len(labels) // OF_A_CLASS) for make in LOSSES[name])
     items = [sem.requires_grad_(), unc.requires_grad_()]
     if hasattr(theirs, "proxies"):
-        joined = interop.join(F.normalize(ours.proxies), ours.proxy_unc)
-        theirs.proxies.data.copy_(joined)
+        theirs.proxies.data.copy_(interop.join(ours.proxies, ours.proxies_unc))
 
-    def step(loss: nn.Module, join: bool, *items: Tensor) -> tuple[Tensor, ...]:
-        value = loss(*([interop.join(*items)] if join else items), labels)
+    def step(loss: nn.Module, join: bool, sem: Tensor, unc: Tensor) -> tuple[Tensor, ...]:
+        # Their distance normalises what it is given: here ours too, or gradients would differ.
+        items = sem, unc
+        value = loss(*([interop.join(*items)] if join else (F.normalize(sem), unc)), labels)
         return (value.detach(), *torch.autograd.grad(value, [*items, *loss.parameters()]))
 
     build = {

@@ -53,10 +53,11 @@ def formula(sem, unc, rows, cols):
     return rivals.distance_form(alpha, beta, METRIC)
 
 
-def contestants(items, pairs, peers, *, passes) -> race.Contestants:
+def contestants(items, pairs, peers, *, passes, width=D) -> race.Contestants:
     torch.manual_seed(0)
     backward = passes == "forward + backward"
-    leaves = [(torch.randn(items, D) / D**0.5).requires_grad_(backward) for _ in ("sem", "unc")]
+    drawn = torch.randn(2, items, width) / width**0.5
+    leaves = [x.requires_grad_(backward) for x in drawn]
     index = torch.randint(items, (pairs,)), torch.randint(items, (pairs,))
     upstream = torch.randn(pairs)
 

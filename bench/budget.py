@@ -6,6 +6,7 @@ the same machine runs the same cases every time.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import rivals
@@ -26,21 +27,24 @@ class Budget:
     def fit(self, case: Case, rounds: int, spent: float) -> tuple[Case | None, list[str]]:
         """The case with the peers and the rounds that there is room for, when so many seconds of
         the run are over; None if there is none. And in words what is left out, and why."""
-        lacks = {peer: rivals.missing(peer) for peer in case.peers}
+        missing = {peer: lack for peer in case.peers if (lack := rivals.missing(peer))}
+        told = [f"no {peer}: {lack}" for peer, lack in missing.items()]
+        case = without(case, missing)
         if case.device != "cpu":  # a GPU is quick, and says itself when its memory is out
-            return without(case, lacks)
+            return case, told
         if lack := self.lack_of_memory(case, "ours"):
             return None, [lack]
-        lacks = {peer: lack or self.lack_of_memory(case, peer) for peer, lack in lacks.items()}
+        lacks = {peer: lack for peer in case.peers if (lack := self.lack_of_memory(case, peer))}
+        whole = without(case, lacks)
         share = self.seconds / CASES
         if not self.full:
-            lacks |= self.lacks_of_time(case, [p for p in case.peers if not lacks[p]], share)
-        fitted, told = without(case, lacks)
-        if case.peers and not fitted.peers:
-            return None, ["there is time or memory for none of its peers: --full", *told]
+            lacks |= self.lacks_of_time(whole, share)
+        fitted = without(case, lacks)
+        told += [f"{case.title}: no {peer}: {lack}" for peer, lack in lacks.items()]
         alone = self.seconds_of(fitted, fitted.peers)
-        if not self.full and alone > share:
-            return None, [f"it would take about {duration(alone)}: --full"]
+        if not self.full and (alone > share or (whole.peers and not fitted.peers)):
+            takes = duration(self.seconds_of(whole, whole.peers))
+            return None, [f"one round would take about {takes}: --full"]
         if not self.full and spent + alone > self.seconds:
             return None, [f"the {self.seconds:.0f} seconds of this run are over: --budget"]
         return replace(fitted, rounds=self.rounds(fitted, rounds, share)), told
@@ -52,13 +56,13 @@ class Budget:
             return None
         return f"it would take about {needed / 1e9:.0f} GB, {self.memory / 1e9:.0f} GB are free"
 
-    def lacks_of_time(self, case: Case, peers: list[str], share: float) -> dict[str, str]:
+    def lacks_of_time(self, case: Case, share: float) -> dict[str, str]:
         """The slowest peers give way until the others can be called once."""
-        peers, lacks = list(peers), {}
+        peers, lacks = list(case.peers), {}
         while peers and self.seconds_of(case, peers) > share:
             slowest = max(peers, key=lambda peer: self.seconds_of(case, [peer]))
             takes = self.seconds_of(case, [slowest]) - self.seconds_of(case, [])
-            lacks[slowest] = f"it would take about {duration(takes)} a call: --full"
+            lacks[slowest] = f"a call would take about {duration(takes)}: --full"
             peers.remove(slowest)
         return lacks
 
@@ -78,9 +82,8 @@ class Budget:
         return sum(times) * case.flop / rate
 
 
-def without(case: Case, lacks: dict[str, str | None]) -> tuple[Case, list[str]]:
-    told = [f"{case.title}: no {peer}: {lack}" for peer, lack in lacks.items() if lack]
-    return replace(case, peers=tuple(peer for peer in case.peers if not lacks[peer])), told
+def without(case: Case, peers: Collection[str]) -> Case:
+    return replace(case, peers=tuple(peer for peer in case.peers if peer not in peers))
 
 
 def duration(seconds: float) -> str:

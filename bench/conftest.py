@@ -95,7 +95,7 @@ def race_case(benchmark, pytestconfig, request):
             session.budget = Budget(asked[0], session.first.rates, machine.free_memory(), asked[1])
         fitted, told = session.budget.fit(case, rounds, session.spent)
         if fitted is None:
-            pytest.skip(f"{case.title}: {' '.join(told)}")
+            pytest.skip(f"{case.title}: {', '.join(told)}")
         session.notes += told
         tell_progress(request, session, case)
         result = race.run(benchmark, fitted, rounds)
@@ -163,4 +163,4 @@ def notes_of(session: Session) -> list[str]:
     if session.load > machine.LOAD:
         notes.append(f"the machine was busy before the run: its load was {session.load}")
     notes += session.first.falls(machine.pace(session.device))
-    return notes + record.doubts(session.results) + session.notes
+    return notes + record.doubts(session.results) + list(dict.fromkeys(session.notes))
