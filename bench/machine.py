@@ -148,10 +148,10 @@ def rates(device: str) -> dict[str, float]:
 
 
 def fastest(call: Callable[[], object], device: str) -> float:
-    """Seconds of a call, the fewest of seven, or of as many as there are in a second."""
+    """Seconds of a call, the fewest of five, or of as many as there are in half a second."""
     found: list[float] = []
     call()
-    while len(found) < 7 and sum(found) < 1:
+    while len(found) < 5 and sum(found) < 0.5:
         wait(device)
         start = time.perf_counter()
         call()
