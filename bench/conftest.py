@@ -21,8 +21,7 @@ class Session:
 
     load: float  # of the machine, before it
     begun: float = field(default_factory=time.monotonic)
-    budget: Budget | None = None  # made when the first case is there
-    first: machine.Pace | None = None
+    paces: dict[str, machine.Pace] = field(default_factory=dict)  # by device, before its cases
     results: list[race.Result] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what is left out of cases, and why
 
@@ -89,11 +88,12 @@ def race_case(benchmark, pytestconfig, request):
 
     def run(case: race.Case) -> None:
         case = replace(case, op=request.path.stem.removeprefix("bench_"))
-        if session.budget is None:
-            session.first = machine.pace(case.device)
-            asked = pytestconfig.getoption("--budget"), pytestconfig.getoption("--full")
-            session.budget = Budget(asked[0], session.first.rates, machine.free_memory(), asked[1])
-        fitted, told = session.budget.fit(case, rounds, session.spent)
+        if case.device not in session.paces:
+            session.paces[case.device] = machine.pace(case.device)
+        seconds, full = (pytestconfig.getoption(x) for x in ("--budget", "--full"))
+        rates = session.paces[case.device].rates
+        budget = Budget(seconds, rates, machine.free_memory(), full)
+        fitted, told = budget.fit(case, rounds, session.spent)
         if fitted is None:
             pytest.skip(f"{case.title}: {', '.join(told)}")
         session.notes += told
@@ -134,11 +134,11 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     results, device, write = session.results, session.device, terminalreporter.write_line
     about = {**machine.about(device), "load before": session.load}
-    rates, notes = session.first.rates, notes_of(session)
+    rates = {device: pace.rates for device, pace in session.paces.items()}
+    notes = notes_of(session)
     terminalreporter.section("idml_fast against its peers")
     write(", ".join(f"{what} {value}" for what, value in about.items()))
-    told = (f"{x / 1e9:.0f} {'GB/s' if what == 'copy' else 'GFLOP/s'}" for what, x in rates.items())
-    write(", ".join(f"{what} {rate}" for what, rate in zip(rates, told, strict=True)))
+    write(", ".join(f"{what} {machine.told(what, x)}" for what, x in rates[device].items()))
     write(scoreboard.table(results, rates))
     for text, _ in scoreboard.medians(results).values():
         write(f"\n{text}")
@@ -150,7 +150,7 @@ def pytest_terminal_summary(terminalreporter, config):
             write(note)
     folder = config.getoption("--record")
     if folder is not None:
-        found = record.record(results, about, device, rates, notes)
+        found = record.record(results, about, device, rates[device], notes)
         write(f"\nrecorded in {records.write(found, folder)}")
     if device == "cuda":
         terminalreporter.section("in short")
@@ -162,5 +162,6 @@ def notes_of(session: Session) -> list[str]:
     notes = []
     if session.load > machine.LOAD:
         notes.append(f"the machine was busy before the run: its load was {session.load}")
-    notes += session.first.falls(machine.pace(session.device))
+    for device, pace in session.paces.items():
+        notes += pace.falls(machine.pace(device))
     return notes + record.doubts(session.results) + list(dict.fromkeys(session.notes))

@@ -103,7 +103,8 @@ class Pace:
     def falls(self, last: "Pace") -> list[str]:
         """In words, what has become of the machine from here to the end of a run."""
         found = [
-            f"the rate of {what} went from {rate:.3g} to {last.rates[what]:.3g} during the run"
+            f"the rate of {what} went from {told(what, rate)} to {told(what, last.rates[what])} "
+            "during the run"
             for what, rate in self.rates.items()
             if abs(last.rates[what] / rate - 1) > TROUBLE
         ]
@@ -117,6 +118,10 @@ class Pace:
             found.append(f"the processors were throttled {times} times: they were too hot")
         brakes = dict.fromkeys((*self.brakes, *last.brakes))
         return found + [f"the GPU is slowed by {brake}" for brake in brakes]
+
+
+def told(what: str, rate: float) -> str:
+    return f"{rate / 1e9:.0f} {'GB/s' if what == 'copy' else 'GFLOP/s'}"
 
 
 def pace(device: str) -> Pace:

@@ -227,6 +227,6 @@ def keops_multi_similarity(sem, unc, labels: Tensor, metric: Metric) -> Tensor:
     scores = 1 - (1 - cosine) * (-(beta + metric.gamma) / (metric.tau * alpha)).exp()
     different = ((label - label2) ** 2 - 0.5).step()
     positive = (1 - different) * ((row - col) ** 2 - 0.5).step()
-    pull = (positive * (-2 * (scores - 0.5)).exp()).sum(1)
-    push = (different * (50 * (scores - 0.5)).exp()).sum(1)
+    terms = positive * (-2 * (scores - 0.5)).exp(), different * (50 * (scores - 0.5)).exp()
+    pull, push = terms[0].concat(terms[1]).sum(1).unbind(1)
     return (torch.log1p(pull) / 2 + torch.log1p(push) / 50).mean()

@@ -8,8 +8,8 @@ from race import Result
 COLUMNS = ("median ms", "spread", "", "share", "extra MiB", "ours/it", "error")
 
 
-def table(results: list[Result], rates: dict[str, float] | None = None) -> str:
-    """One block a case, one line a contestant. The share is that of the machine's ``rates``."""
+def table(results: list[Result], rates: dict[str, dict[str, float]] | None = None) -> str:
+    """One block a case, one line a contestant. The share is that of a device's ``rates``."""
     lines = []
     for result in results:
         unit = "GB/s" if result.case.bytes else "TFLOP/s"
@@ -24,7 +24,7 @@ def table(results: list[Result], rates: dict[str, float] | None = None) -> str:
             notes = [bar and f"{bar}: {'met' if met else 'MISSED'}", *notes_of(result, who)]
             if who == "product":
                 notes.insert(0, f"ours reach {result.share():.0%} of its rate")
-            cells = numbers(result, who, rates or {})
+            cells = numbers(result, who, (rates or {}).get(result.case.device, {}))
             lines.append(line(who, *cells, ", ".join(filter(None, notes))))
     return "\n".join(lines)
 
