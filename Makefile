@@ -4,10 +4,14 @@
 #   make demo-images  the same from image files, stopped and resumed; runs/demo-images/report.html
 #   make test         all tests
 #   make bench        ours beside its peers, in a table
+#   make bench-check  the same, and fails where ours has become slower beside them than recorded
 #   make gpu-check    on a machine with a GPU: tests, compute-sanitizer, benchmarks; no network
 #   make lint         what has to hold before a commit; `make format` mends most of it
 #
 # PYTHON chooses the interpreter, ARGS goes to pytest: make bench ARGS="--check --record"
+# RESULTS is the folder of recorded runs. bench-check compares ratios to peers, not times, with the
+# last run there on the same kind of device; it records nothing, and having nothing to compare is a
+# failure too.
 # IDML_FAST_CUDA_ARCHS chooses the GPUs to compile for, where there is nvcc; none saves minutes.
 
 PYTHON ?= python3
@@ -17,7 +21,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 NATIVE := $(wildcard csrc/*.* kernels/*/*.h kernels/*/*.cpp kernels/*/*.cuh kernels/*/*.cu)
 
-.PHONY: demo demo-images test bench gpu-check lint format
+.PHONY: demo demo-images test bench bench-check gpu-check lint format
 
 demo: $(INSTALLED)
 	$(BIN)/idml-fast train --name demo --run.overwrite true
@@ -32,6 +36,11 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench/ --benchmark-only $(ARGS)
+
+bench-check: $(INSTALLED)
+	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT && trap 'exit 130' INT TERM && \
+	$(BIN)/python -m pytest bench/ --benchmark-only --record="$$new" $(ARGS) && \
+	$(BIN)/idml-fast bench check "$$new" --results $(RESULTS)
 
 # With the Python, torch and Triton that are there, compiled for the GPU that is there. A step has a
 # limit in seconds, nine minutes in all, and runs whatever became of those before it; the exit code

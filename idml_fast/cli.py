@@ -10,6 +10,8 @@ from typing import Any
 
 # sysexits.h's EX_TEMPFAIL: try again. A run that a signal has ended before its end has this status.
 STOPPED = 75
+# A check of benchmarks that has found nothing to compare: neither success nor a loss.
+NOTHING_COMPARED = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.add_argument(
         "--output", type=Path, metavar="FILE", help="(comparison.html beside the first run)"
     )
+    _add_bench(commands)
     commands.add_parser("doctor", help="say which backends work here, and why others do not")
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.command == "train":
@@ -53,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _evaluate(chosen)
     if chosen.command == "report":
         return _report(chosen)
+    if chosen.command == "bench":
+        return _check(chosen) if chosen.what == "check" else _tell(chosen)
     return _doctor()
 
 
@@ -168,6 +173,53 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
 
 
+def _add_bench(commands: Any) -> None:
+    about = "recorded benchmark runs: compare a new one with them, or tell what they measured"
+    parser = commands.add_parser("bench", help=about, description=about.capitalize() + ".")
+    whats = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    check = whats.add_parser(
+        "check",
+        help="fail where ours has become slower beside its peers",
+        description="Compare the ratios of ours to its peers with those of the last recorded run "
+        "on the same kind of device. Exits with 1 if one is more than 15 % above it, beyond noise, "
+        "and with 2 if there is nothing to compare.",
+        allow_abbrev=False,
+    )
+    check.add_argument(
+        "records", nargs="+", type=Path, metavar="RECORD", help="of a new run, or a folder of them"
+    )
+    report = whats.add_parser(
+        "report",
+        help="write the newest numbers of every case, and how they came about, in pages",
+        description="Write benchmarks.html, the newest number of every case beside its peers and "
+        "the trend from commit to commit; benchmarks.md, the same numbers; and bring the index of "
+        "the records up to date.",
+        allow_abbrev=False,
+    )
+    report.add_argument(
+        "--output",
+        type=Path,
+        default=Path("docs"),
+        metavar="PATH",
+        help="their folder, or a file.html or file.md, which is written alone (%(default)s)",
+    )
+    report.add_argument(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="write the section between its markers too, by the template beside RESULTS: "
+        "speed.md.j2",
+    )
+    for parser in (check, report):
+        parser.add_argument(
+            "--results",
+            type=Path,
+            default=Path("bench", "results"),
+            metavar="RESULTS",
+            help="the folder of recorded runs (%(default)s)",
+        )
+
+
 def _train(arguments: list[str]) -> int:
     try:
         from .train import load_config, run
@@ -266,6 +318,33 @@ def _report(chosen: argparse.Namespace) -> int:
     try:
         print(compare(chosen.runs, chosen.output))
     except (RunError, OSError) as error:
+        return _fail(str(error))
+    return 0
+
+
+def _check(chosen: argparse.Namespace) -> int:
+    from .benchmarks.check import check
+    from .benchmarks.records import RecordError
+
+    try:
+        told, kept = check(chosen.records, chosen.results)
+    except RecordError as error:
+        _fail(str(error))
+        return NOTHING_COMPARED
+    print(told)
+    return 0 if kept else 1
+
+
+def _tell(chosen: argparse.Namespace) -> int:
+    try:
+        from .benchmarks.records import RecordError
+        from .benchmarks.report import report
+    except ModuleNotFoundError as error:
+        return _missing("bench report", error)
+    try:
+        for path in report(chosen.results, chosen.output, chosen.readme):
+            print(path)
+    except (RecordError, OSError) as error:
         return _fail(str(error))
     return 0
 

@@ -10,7 +10,10 @@ import yaml
 
 pytest.importorskip("jsonargparse", reason="the extra idml_fast[train] is not installed")
 
+from test_benchmarks import made_up_run
+
 from idml_fast import Metric, backend, cli
+from idml_fast.benchmarks.records import write
 from idml_fast.train import Config, load_config
 from idml_fast.train.config import RECIPES
 
@@ -80,7 +83,7 @@ def test_help_names_the_commands(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     shown = capsys.readouterr().out
-    for command in ("train", "reproduce", "eval", "report", "doctor"):
+    for command in ("train", "reproduce", "eval", "report", "bench", "doctor"):
         assert f"\n    {command}" in shown
 
 
@@ -118,6 +121,59 @@ def test_train_says_in_a_sentence_why_it_stops(monkeypatch, capsys, error):
     monkeypatch.setattr("idml_fast.train.run", stop)
     assert cli.main(["train"]) == 1
     assert capsys.readouterr().err == "idml-fast: because\n"
+
+
+@pytest.mark.parametrize(
+    ("title", "ours", "status", "told"),
+    [
+        ("a case", 1.0, 0, "1 ratio of 1 case compared, none lost\n"),
+        ("a case", 2.0, 1, "1.000, at 0123abc 0.500, at most 0.575: LOST\n"),
+        ("another", 1.0, 2, "has any of its cases\n"),
+    ],
+)
+def test_bench_check_tells_by_its_status(tmp_path, capsys, title, ours, status, told):
+    write(made_up_run(), tmp_path / "old")
+    found = made_up_run({title: {"ours": [ours], "peer": [2.0]}}, commit="4567def")
+    new = write(found, tmp_path / "new")
+    assert cli.main(["bench", "check", str(new), f"--results={tmp_path / 'old'}"]) == status
+    shown = capsys.readouterr()
+    assert (shown.err if status == 2 else shown.out).endswith(told)
+    assert shown.err.startswith("idml-fast: ") == (status == 2)
+
+
+def test_bench_check_needs_only_torch():
+    done = python(WITHOUT_EXTRA, "bench", "check", "nowhere.json")
+    assert done.returncode == 2
+    assert done.stderr.startswith("idml-fast: nowhere.json cannot be read: ")
+
+
+def test_bench_report_names_what_it_has_written(tmp_path, capsys):
+    write(made_up_run(), tmp_path / "results")
+    given = [
+        "bench",
+        "report",
+        f"--results={tmp_path / 'results'}",
+        f"--output={tmp_path / 'x.md'}",
+    ]
+    assert cli.main(given) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'x.md'}\n"
+    assert cli.main([*given, f"--readme={tmp_path / 'README.md'}"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("idml-fast: ") and told.count("\n") == 1
+
+
+def test_bench_report_without_the_extra_says_one_sentence():
+    done = python(WITHOUT_EXTRA, "bench", "report")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("idml-fast: idml-fast bench report needs ")
+    assert done.stderr.endswith(": pip install 'idml_fast[train]'\n")
+
+
+def test_bench_says_what_it_can_do(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench"])
+    assert "WHAT" in capsys.readouterr().err
 
 
 def test_the_recipe_digits_is_the_default():

@@ -17,10 +17,13 @@ import pytest
 
 pytest.importorskip("jinja2", reason="the extra idml_fast[train] is not installed")
 
+from test_benchmarks import made_up_run
 from test_compare import written
 from test_report import outcome
 from test_reproduce import made_up
 
+from idml_fast.benchmarks import records
+from idml_fast.benchmarks.report import report as benchmarks
 from idml_fast.evaluation import pictures
 from idml_fast.train.compare import compare
 from idml_fast.train.config import Config, DataConfig, LossConfig
@@ -216,6 +219,19 @@ def papers_table(folder: Path) -> Path:
     return folder / "table.html"
 
 
+def recorded_runs(folder: Path) -> Path:
+    """Eight runs of two cases, each with a name that is broader than a phone, on two devices."""
+    for number in range(8):
+        ours = [0.1 + number / 50, 0.12 + number / 50, 0.14]
+        times = {"ours": ours, "ours again": ours, "eager": [1.0] * 3, NAME: [0.2] * 3}
+        cases = {"pairwise, fp32": times, NAME: times, "without a peer": {"ours": [1.0]}}
+        for device in ("A CPU", NAME):
+            found = made_up_run(cases, commit=f"{number}abcdef", device=device, notes=[NAME])
+            records.write(found, folder / "results")
+    (page,) = benchmarks(folder / "results", folder / "benchmarks.html")
+    return page
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
@@ -225,12 +241,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "comparison": comparison(folder),
         "every loss": every_loss(folder),
         "the paper's table": papers_table(folder),
+        "benchmarks": recorded_runs(folder),
     }
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
 @pytest.mark.parametrize(
-    "page", ["retrieval", "classification", "comparison", "every loss", "the paper's table"]
+    "page",
+    ["retrieval", "classification", "comparison", "every loss", "the paper's table", "benchmarks"],
 )
 def test_a_page_is_shown_whole_and_quietly(browser, pages, page, width):
     visit = browser.visit(pages[page], width)

@@ -7,7 +7,6 @@ the commit, and of every case the seconds of every round. bench/results/README.m
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 from dataclasses import dataclass, field
@@ -42,19 +41,25 @@ class Case:
         title: what is measured.
         op: the operation, such as ``pairwise``; what a page groups by.
         seconds: by contestant, a time a round; none of one that had no room.
+        dtype: of its products, such as ``fp32``.
         flop: of one call, in the products that the definition asks for; 0: not counted.
         bytes: that one call must move, where this and not ``flop`` is counted.
+        product_flop: of the contestant ``product``, a bare product of another size.
         extra: by contestant, the bytes that it holds at its peak beyond its inputs and results.
         errors: by contestant, the largest error against float64, as a fraction.
+        agreement: by contestant, which share of the columns it finds float64 finds too.
     """
 
     title: str
     op: str
     seconds: dict[str, list[float]]
+    dtype: str = "fp32"
     flop: float = 0
     bytes: float = 0
+    product_flop: float | None = None
     extra: dict[str, int] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
 
     @property
     def peers(self) -> list[str]:
@@ -69,6 +74,10 @@ class Case:
         """Seconds."""
         return statistics.median(self.seconds[who])
 
+    def count(self, who: str) -> float:
+        """What a rate counts of one call: bytes, or else operations; 0: nothing."""
+        return (self.product_flop if who == "product" else None) or self.bytes or self.flop
+
     def ratios(self, who: str) -> list[float]:
         """Ours as a fraction of ``who``, round by round: what slowed a round slowed both."""
         rounds = zip(self.seconds["ours"], self.seconds[who], strict=True)
@@ -78,13 +87,13 @@ class Case:
         """The median of `ratios`."""
         return statistics.median(self.ratios(who))
 
-    def scatter(self, who: str) -> float | None:
-        """The width of the middle half of `ratios`, in natural logarithms; of one round None."""
+    def middle_half(self, who: str) -> tuple[float, float]:
+        """Where the middle half of `ratios` begins and ends; of one round there is but that one."""
         ratios = self.ratios(who)
-        if len(ratios) < 2:
-            return None
+        if len(ratios) == 1:
+            return ratios[0], ratios[0]
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return math.log(high / low)
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,7 @@ class Record:
     """One run.
 
     Args:
-        name: of the file.
+        name: of the file; the same run under another name is the same.
         date: as ``2026-11-22``.
         device: the processor, or the GPU.
         kind: ``cpu`` or ``cuda``.
@@ -105,7 +114,7 @@ class Record:
         cases: by title.
     """
 
-    name: str
+    name: str = field(compare=False)
     date: str
     device: str
     kind: str
@@ -121,6 +130,13 @@ class Record:
     def machine(self) -> tuple[str, str, int | None, str | None]:
         """Runs with the same one were on the same kind of device."""
         return self.device, self.kind, self.threads, self.instructions
+
+    @property
+    def place(self) -> str:
+        """In words, what it was measured on."""
+        plural = "s" if self.threads != 1 else ""
+        threads = [] if self.threads is None else [f"{self.threads} thread{plural}"]
+        return ", ".join([self.device, *threads, *filter(None, [self.instructions])])
 
 
 def read(path: Path) -> Record:
@@ -147,10 +163,13 @@ def of(found: dict[str, Any], name: str = "") -> Record:
             case["case"],
             case.get("op") or _op(case["case"]),
             case["seconds"],
+            case.get("dtype") or ("bf16" if "bf16" in case["case"] else "fp32"),
             case["flop"],
             case.get("bytes", 0),
+            case.get("product_flop"),
             case["extra_bytes"],
             case.get("errors", {}),
+            case.get("agreement", {}),
         )
         for case in found["cases"]
     ]
@@ -223,8 +242,11 @@ def index(folder: Path) -> Path:
 
 def _in_order(folder: Path) -> list[Path]:
     path = folder / INDEX
-    listed = json.loads(path.read_text("utf-8")) if path.exists() else []
-    places = {entry["name"]: place for place, entry in enumerate(listed)}
+    try:
+        listed = json.loads(path.read_text("utf-8")) if path.exists() else []
+        places = {entry["name"]: place for place, entry in enumerate(listed)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{path} is no index of records ({error}): it can be removed") from None
     # What else lies there, such as the errors that a GPU makes, has no date.
     paths = folder.glob("[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]-*.json")
     return sorted(paths, key=lambda x: (x.name[:10], places.get(x.name, len(places)), x.name))

@@ -36,6 +36,7 @@ from .config import Config
 from .data import Data, in_memory
 from .outcome import Outcome
 
+TEMPLATES = Path(__file__).parent
 THUMBNAIL = 96  # pixels of a side, at most: some 150 images are shown
 DRAWN = 1000  # points of a curve, at most
 
@@ -233,10 +234,10 @@ def write_report(
     write_text(path, page)
 
 
-def render(template: str, **values: Any) -> str:
-    """A page of a template in this folder; whatever is put into it is escaped."""
+def render(template: str, folder: Path = TEMPLATES, **values: Any) -> str:
+    """A page of a template in this folder, or another; whatever is put into it is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader([folder, TEMPLATES]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
