@@ -128,7 +128,7 @@ def pytest_sessionfinish(session):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter, exitstatus, config):
     session = config.stash[SESSION]
     if not session.results:
         return
@@ -136,6 +136,8 @@ def pytest_terminal_summary(terminalreporter, config):
     about = {**machine.about(device), "load before": session.load}
     rates = {device: pace.rates for device, pace in session.paces.items()}
     notes = notes_of(session)
+    if exitstatus == pytest.ExitCode.INTERRUPTED:
+        notes.insert(0, "the run was interrupted: cases are missing")
     terminalreporter.section("idml_fast against its peers")
     write(", ".join(f"{what} {value}" for what, value in about.items()))
     write(", ".join(f"{what} {machine.told(what, x)}" for what, x in rates[device].items()))

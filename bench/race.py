@@ -224,10 +224,9 @@ def run_rounds(benchmark, result: Result, rounds: int) -> machine.Moment | None:
     for who, call in contestants.items():
         if rivals.cost(case, who).compiles:
             call()
-        seconds = first_call(result, who, call, truth)
-        if seconds < SLOW:
+        if first_call(result, who, call, truth) < SLOW:
             quick.add(who)
-    truth = ()
+    truth = ()  # gives back its memory
     if TELLS_MEMORY:
         with ProcessPoolExecutor(1, mp_context=fresh_processes()) as fresh:
             result.extra["ours"] = fresh.submit(first_call_memory, case).result()
@@ -253,12 +252,19 @@ def run_once(benchmark, result: Result) -> None:
 def first_call(result: Result, who: str, call: Call, truth: Sequence[Tensor]) -> float:
     """Seconds of a call whose memory and error are kept."""
     found: list[Tensor] = []
-    start = time.perf_counter()
+    seconds = 0.0
+
+    def timed() -> tuple[Tensor, ...]:
+        nonlocal seconds
+        start = time.perf_counter()
+        results = call()
+        seconds = time.perf_counter() - start
+        return results
+
     if TELLS_MEMORY:
-        result.extra[who] = peak_memory(call, results=found)
+        result.extra[who] = peak_memory(timed, results=found)
     else:
-        found += call()
-    seconds = time.perf_counter() - start
+        found += timed()
     judge(result, who, found, truth)
     return seconds
 
