@@ -113,7 +113,7 @@ def contestants(n, m, peers, *, sets, passes, dtype, width=D) -> race.Contestant
 
     def leaves(as_dtype):
         """The same numbers for all, rounded to the dtype of the case."""
-        return [t.to(dtype).to(as_dtype).requires_grad_(backward) for t in inputs]
+        return [t.detach().to(dtype).to(as_dtype).requires_grad_(backward) for t in inputs]
 
     def step(scores_of, gradient, *tensors):
         scores = scores_of(*tensors)

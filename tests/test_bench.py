@@ -44,6 +44,8 @@ def test_ours_and_its_peers_compute_the_same(bench_pairwise, uncompiled, monkeyp
     found = {who: call() for who, call in found.items()}
     assert list(found) == ["ours", *peers]
     assert found.pop("floor") == ()
+    options["dtype"] = torch.float32  # the dtype in which the inputs are drawn
+    assert bench_pairwise.contestants(*shape, ("floor",), **options)["floor"]() == ()
     assert len(found["ours"]) == (5 if two_sets else 3)  # scores and gradients
     for results in found.values():
         torch.testing.assert_close(results, found["ours"])
