@@ -2,7 +2,9 @@
 
 Among the contestants is one bare product of square matrices: the share of its rate that ours reach
 is that of the machine as it is in this run. What is counted are the products that the definition
-asks for: two forward, four more backward for two sets, two for rows against themselves.
+asks for: two forward, four more backward for two sets, two for rows against themselves. Beside one
+case each are the ways of others to bound the memory: some rows at a time and again in the backward
+(chunked), gradients in the forward (Liger), tiles of a log-sum-exp (Inf-CL).
 """
 
 from functools import partial
@@ -10,20 +12,21 @@ from functools import partial
 import pytest
 import race
 import torch
-from bench_paired import formula as paired_formula
-from bench_rowstats import METRIC, MULTI_SIMILARITY, formula
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-
-import idml_fast
-from idml_fast import backend
+from bench_paired import numbers, operations
+from gpu_contestants import (
+    PRODUCT,
+    by_backend,
+    in_float32,
+    listed,
+    multi_similarity,
+    proxy_anchor,
+    scores,
+    search,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
-DEVICE = "cuda"
-BF16 = torch.bfloat16
-PRODUCT = 8192  # rows and columns of the bare product
-CHUNK = 2048  # rows that the chunked peer takes at a time
+PART = 192  # rows and columns of the problem whose results are compared with float64's
 # What runs the formula. To compile it takes longer than all the rounds of a case.
 FORMULAS = {"forward": ("eager",), "forward + backward": ("compile", "eager")}
 SETS = pytest.mark.parametrize("sets", ["two sets", "self"])
@@ -44,9 +47,10 @@ CLASSES = {  # of a batch, with a proxy each
     1024: 60_000,
     4096: 93_431,  # MS1M's faces
 }
-# The CUDA kernels beside those of Triton: who is ours, and how many times as fast it has to be for
-# a place in `idml_fast.backend.CUDA_IS_FASTER`.
-BACKENDS = {"ours": "cuda", "triton": "triton"}
+MANY_CLASSES, NARROW = 2_060_000, 256  # faces with a proxy each; the width of their embeddings
+IN_BOUNDS = ("chunked", "in forward", "tiled")  # peers whose memory does not grow with N x M
+# How many times as fast as Triton's the CUDA kernels have to be for a place in
+# `idml_fast.backend.CUDA_IS_FASTER`.
 FASTER = 1.05
 # The share of the bare product's rate that their row statistics must reach, by pass and width; and
 # how much longer than its products or its stores, the slower ones, a matrix of scores may take.
@@ -69,53 +73,8 @@ def gpu_case(title, build, shape, flop, peers=("product",), **rest) -> race.Case
         flop=flop,
         device="cuda",
         product_flop=2.0 * PRODUCT**3,
-        **rest,
+        **{"dtype": "bf16", "truth": (PART,) * len(shape), **rest},
     )
-
-
-def embeddings(n, width, dtype, seed) -> tuple[torch.Tensor, torch.Tensor]:
-    """sem, of length one, and unc, made where they stay."""
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    sem, unc = torch.randn(2, n, width, generator=generator, device=DEVICE)
-    return F.normalize(sem).to(dtype), (unc / width**0.5).to(dtype)
-
-
-def product():
-    """One product, into memory that is already there."""
-    x, y = embeddings(PRODUCT, PRODUCT, BF16, 0)
-    out = torch.empty_like(x)
-    return lambda: (torch.mm(x, y, out=out),)[1:]
-
-
-def contestants(
-    ours, dense, leaves, passes, peers, *, upstream=None, chunked=None
-) -> race.Contestants:
-    """Ours and the formula, which take the leaves: eager, compiled, and in chunks if given."""
-
-    def run(function):
-        def forward():
-            with torch.no_grad():
-                return (function(*leaves),)
-
-        def backward():
-            results = function(*leaves)
-            return (results.detach(), *torch.autograd.grad(results, leaves, upstream))
-
-        return forward if passes == "forward" else backward
-
-    def compiled():
-        torch.compiler.reset()  # or the limit on recompilations makes the later cases eager ones
-        return run(torch.compile(dense, dynamic=False))
-
-    for leaf in leaves:
-        leaf.requires_grad_(passes != "forward")
-    build = {
-        "product": product,
-        "eager": lambda: run(dense),
-        "compile": compiled,
-        "chunked": lambda: run(chunked),
-    }
-    return {"ours": run(ours)} | {peer: build[peer]() for peer in peers if peer in build}
 
 
 # ----------------------------------------------------------------------------------------- rowstats
@@ -136,8 +95,20 @@ def test_rowstats(race_case, width, rows, passes, sets):
             (rows, rows),
             products * 2.0 * rows * rows * width,
             share_bar=SHARES[width][passes],
-            peers=("product", *BARS) if beside else ("product",),
+            peers=("product", *BARS, *IN_BOUNDS[1:]) if beside else ("product",),
             bars=BARS if beside else {},
+            memory_bar=MEMORY_BAR,
+        )
+    )
+
+
+def test_rowstats_of_a_large_batch(race_case, rows=65_536, width=128):
+    race_case(
+        gpu_case(
+            f"rowstats, two sets, forward + backward, {rows} x {rows}, D = {width}",
+            partial(multi_similarity, width=width, sets="two sets", passes="forward + backward"),
+            (rows, rows),
+            6 * 2.0 * rows * rows * width,
             memory_bar=MEMORY_BAR,
         )
     )
@@ -158,51 +129,6 @@ def test_rowstats_of_a_million(race_case, full):
     )
 
 
-def multi_similarity(
-    n, m, peers, *, width, sets, passes, dtype=BF16, backend=None
-) -> race.Contestants:
-    two_sets = sets == "two sets"
-    labels = torch.arange(n, device=DEVICE) // 4
-    labels2 = torch.arange(m, device=DEVICE) // 4 if two_sets else None
-    places = torch.arange(n, device=DEVICE)
-
-    def ours(*sides):
-        given = {"labels": labels, "labels2": labels2, "metric": METRIC, "backend": backend}
-        found = idml_fast.rowstats(*sides, **given, stats=MULTI_SIMILARITY)
-        return (F.softplus(found["pull"]) / 2 + F.softplus(found["push"]) / 50).mean()
-
-    def terms(sem, unc, sem2, unc2, own, cols, place):
-        """Of some rows. No exponent is above 25, so that the sums need no maximum."""
-        beta = unc.square().sum(1)[:, None] + unc2.square().sum(1) + 2 * unc @ unc2.T
-        scores = formula(sem, unc, sem2, beta.clamp(min=1e-12).sqrt())
-        same = own[:, None] == cols
-        positive = same if two_sets else same & (place[:, None] != places)
-        sums = torch.promote_types(dtype, torch.float32)
-        pull = torch.where(positive, torch.exp(-2 * (scores - 0.5)), 0).sum(1, dtype=sums)
-        push = torch.where(same, 0, torch.exp(50 * (scores - 0.5))).sum(1, dtype=sums)
-        return torch.log1p(pull) / 2 + torch.log1p(push) / 50
-
-    def dense(sem, unc, sem2=None, unc2=None):
-        columns = (sem2, unc2) if two_sets else (sem, unc)
-        return terms(sem, unc, *columns, labels, labels2 if two_sets else labels, places).mean()
-
-    part = torch.compile(terms, dynamic=False)
-
-    def chunked(sem, unc, sem2=None, unc2=None):
-        """cuBLAS' products of some rows at a time and a fused epilogue, again in the backward."""
-        columns = (sem2, unc2) if two_sets else (sem, unc)
-        found = []
-        for first in range(0, n, CHUNK):
-            rows = slice(first, first + CHUNK)
-            arguments = sem[rows], unc[rows], *columns, labels[rows]
-            arguments = *arguments, labels2 if two_sets else labels, places[rows]
-            found.append(checkpoint(part, *arguments, use_reentrant=False))
-        return torch.cat(found).mean()
-
-    leaves = [x for k in range(1 + two_sets) for x in embeddings((n, m)[k], width, dtype, k)]
-    return contestants(ours, dense, leaves, passes, peers, chunked=chunked)
-
-
 def test_rowstats_in_float32(race_case, rows=16_384, width=512):
     race_case(
         gpu_case(
@@ -211,27 +137,9 @@ def test_rowstats_in_float32(race_case, rows=16_384, width=512):
             (rows, rows),
             6 * 2.0 * rows * rows * width,
             peers=("product", "tf32x3", "tf32"),
+            dtype="fp32",
         )
     )
-
-
-def in_float32(n, m, peers, *, width) -> race.Contestants:
-    """Ours in IEEE float32, and ours in other ways to multiply it."""
-    options = {"width": width, "sets": "two sets", "passes": "forward + backward"}
-    options["dtype"] = torch.float32
-    found = multi_similarity(n, m, [peer for peer in peers if peer == "product"], **options)
-    ours = found["ours"]
-
-    def run(precision):
-        before = backend.precision
-        backend.precision = precision
-        try:
-            return ours()
-        finally:
-            backend.precision = before
-
-    modes = [peer for peer in peers if peer != "product"]
-    return found | {"ours": partial(run, "ieee")} | {mode: partial(run, mode) for mode in modes}
 
 
 # ------------------------------------------------------------------------------------- Proxy-Anchor
@@ -246,29 +154,22 @@ def test_proxy_anchor(race_case, batch, width=512):
             partial(proxy_anchor, width=width),
             (batch, classes),
             3 * 2.0 * batch * classes * width,  # the proxies are certain
-            peers=("product", "compile", "eager"),
+            # Where the classes are many, in Liger's way too.
+            peers=("product", "compile", "eager", *(["in forward"] if batch == 4096 else [])),
         )
     )
 
 
-def proxy_anchor(n, m, peers, *, width, dtype=BF16) -> race.Contestants:
-    (sem, unc), (proxies, _) = (embeddings(k, width, dtype, k) for k in (n, m))
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    labels = torch.randint(m, (n,), generator=generator, device=DEVICE)
-    classes = torch.arange(m, device=DEVICE)
-
-    def ours(sem, unc, proxies):
-        return idml_fast.losses.proxy_anchor_loss(sem, unc, labels, proxies=proxies, metric=METRIC)
-
-    def dense(sem, unc, proxies):
-        scores = formula(sem, unc, proxies, unc.norm(dim=1)[:, None])
-        scores = scores.to(torch.promote_types(dtype, torch.float32))
-        same = labels[:, None] == classes
-        pull = torch.where(same, torch.exp(-32 * (scores - 0.1)), 0).sum(0)
-        push = torch.where(same, 0, torch.exp(32 * (scores + 0.1))).sum(0)
-        return torch.log1p(pull).sum() / same.any(0).sum() + torch.log1p(push).sum() / m
-
-    return contestants(ours, dense, [sem, unc, proxies], "forward + backward", peers)
+def test_proxy_anchor_of_many_classes(race_case, batch=4096):
+    race_case(
+        gpu_case(
+            f"Proxy-Anchor, forward + backward, {batch} x {MANY_CLASSES}, D = {NARROW}",
+            partial(proxy_anchor, width=NARROW),
+            (batch, MANY_CLASSES),
+            3 * 2.0 * batch * MANY_CLASSES * NARROW,
+            rounds=3,
+        )
+    )
 
 
 # --------------------------------------------------------------------------------- pairwise, paired
@@ -287,20 +188,6 @@ def test_pairwise(race_case, passes, rows=16_384, width=512):
     )
 
 
-def scores(n, m, peers, *, width, passes, dtype=BF16, backend=None) -> race.Contestants:
-    def dense(sem, unc, sem2, unc2):
-        beta = unc.square().sum(1)[:, None] + unc2.square().sum(1) + 2 * unc @ unc2.T
-        return formula(sem, unc, sem2, beta.clamp(min=1e-12).sqrt())
-
-    ours = partial(idml_fast.pairwise, metric=METRIC, backend=backend)
-    leaves = [*embeddings(n, width, dtype, 0), *embeddings(m, width, dtype, 1)]
-    upstream = torch.ones(n, m, dtype=dtype, device=DEVICE)
-    found = contestants(ours, dense, leaves, passes, peers, upstream=upstream)
-    if "store" in peers:  # as many numbers, into memory that is already there
-        found["store"] = lambda: (upstream.fill_(1),)[1:]
-    return found
-
-
 @PASSES
 def test_paired(race_case, passes, items=60_502, pairs=1_000_000, width=512):
     # As bench_paired.py counts: these are no products.
@@ -309,23 +196,11 @@ def test_paired(race_case, passes, items=60_502, pairs=1_000_000, width=512):
             f"paired, {passes}, {pairs} pairs of {items} items, D = {width}",
             partial(listed, width=width, passes=passes),
             (items, pairs),
-            6.0 * width * (1 if passes == "forward" else 5) * pairs,
+            operations(passes, width) * pairs,
+            bytes=2.0 * numbers(passes, width) * pairs,
             peers=FORMULAS[passes],
         )
     )
-
-
-def listed(items, pairs, peers, *, width, passes, dtype=BF16) -> race.Contestants:
-    generator = torch.Generator(DEVICE).manual_seed(2)
-    index = torch.randint(items, (2, pairs), generator=generator, device=DEVICE).unbind()
-    ours = partial(idml_fast.paired, index=index)  # the metric of `paired_formula` is the default
-
-    def dense(sem, unc):
-        return paired_formula(sem, unc, *index)
-
-    leaves = [*embeddings(items, width, dtype, 0)]
-    upstream = torch.ones(pairs, dtype=dtype, device=DEVICE)
-    return contestants(ours, dense, leaves, passes, peers, upstream=upstream)
 
 
 # ------------------------------------------------------------------------------------------ nearest
@@ -345,31 +220,6 @@ def test_nearest(race_case, n, m, width, k, chunk):
     )
 
 
-def search(n, m, peers, *, width, k, chunk, dtype=BF16, backend=None) -> race.Contestants:
-    rows, columns = embeddings(n, width, dtype, 0), embeddings(m, width, dtype, 1)
-    k, metric = min(k, m), idml_fast.Metric.paper()
-
-    def scores(sem, unc):
-        """As a user writes them, with the products of cuBLAS."""
-        alpha, beta = (
-            (x.square().sum(1)[:, None] + y.square().sum(1) + 2 * sign * x @ y.T)
-            for x, y, sign in ((sem, columns[0], -1), (unc, columns[1], 1))
-        )
-        alpha, beta = alpha.clamp(min=1e-12).sqrt(), beta.clamp(min=1e-12).sqrt()
-        return alpha * torch.exp(-(beta + metric.gamma) / (metric.tau * alpha))
-
-    part = torch.compile(scores, dynamic=False)
-
-    def chunked():
-        parts = zip(*(x.split(chunk) for x in rows), strict=True)
-        found = [part(*x).topk(k, largest=False) for x in parts]
-        return torch.cat([x.values for x in found]), torch.cat([x.indices for x in found])
-
-    build = {"product": product, "chunked": lambda: chunked}
-    ours = partial(idml_fast.nearest, *rows, *columns, k=k, metric=metric, backend=backend)
-    return {"ours": ours} | {peer: build[peer]() for peer in peers}
-
-
 # --------------------------------------------------------------------------------- the CUDA kernels
 
 
@@ -383,14 +233,6 @@ def cuda_case(op, title, width, build, shape, flop, peers=(), **rest) -> race.Ca
         choice=race.Choice(op, "bf16", width, "triton", FASTER),
         **rest,
     )
-
-
-def by_backend(n, m, peers, *, build) -> race.Contestants:
-    """Ours by the CUDA kernels, and by Triton's."""
-    found = build(n, m, [peer for peer in peers if peer != "triton"], backend=BACKENDS["ours"])
-    if "triton" in peers:
-        found["triton"] = build(n, m, (), backend=BACKENDS["triton"])["ours"]
-    return {who: found[who] for who in ("ours", *peers)}
 
 
 @SETS

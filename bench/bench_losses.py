@@ -5,17 +5,22 @@ class. Theirs has the N x M scores from `idml_fast.pairwise`, so that what diffe
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 
 import pytest
 import race
+import rivals
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from idml_fast import losses
 
-pml = pytest.importorskip("pytorch_metric_learning.losses", reason="the peer is not installed")
+pml = pytest.importorskip(
+    "pytorch_metric_learning.losses",
+    reason="pytorch_metric_learning is not installed; the extra `bench` has it",
+)
 miners = pytest.importorskip("pytorch_metric_learning.miners")
 interop = pytest.importorskip("idml_fast.interop")
 
@@ -104,14 +109,17 @@ LOSSES: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]]
     ),
     "NT-Xent": (lambda _: losses.NTXentLoss(), lambda _: pml.NTXentLoss(distance=similarity())),
 }
-MINUTES = {"Margin, distance-weighted"}  # theirs draws class by class
+DRAWN = {"Margin, distance-weighted"}  # theirs draws class by class; draws are not compared
+# Of theirs, which lists tuples of items, and takes as many numbers for each.
+COSTS = {"FastAP": rivals.Cost(18, 30), "Margin, distance-weighted": rivals.Cost(150, 12)}
 ALONE = {"NT-Xent"}  # theirs has a matrix of positive x negative pairs: 206 GB at 4096 rows
+
+
+TRUTH = 512  # items, of which the results are compared
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss(race_case, rows, full, name):
-    if name in MINUTES and not full:
-        pytest.skip("pytorch-metric-learning takes a minute and a half a call: --full")
     classes = rows // OF_A_CLASS
     # Two Gram products forward and two gradients of each; of rows against themselves both gradients
     # are one product. The N-pair loss takes one pair of each class.
@@ -125,7 +133,9 @@ def test_loss(race_case, rows, full, name):
             shape=(rows,),
             peers=() if name in ALONE else ("pml",),
             flop=products * 2.0 * pairs * D,
-            rounds=0 if name in MINUTES else None,
+            pairs=pairs,
+            costs={"pml": COSTS.get(name, rivals.COSTS["pml"])},
+            truth=None if name in DRAWN else (TRUTH,),
             median=MEDIAN if full and rows == 4096 and name not in ALONE else None,  # over all
         )
     )
@@ -135,15 +145,19 @@ def contestants(n: int, peers: tuple[str, ...], *, name: str) -> race.Contestant
     torch.manual_seed(0)
     sem, unc = F.normalize(torch.randn(n, D)), torch.randn(n, D) / D**0.5
     labels = torch.arange(n) // OF_A_CLASS
-    make_ours, make_theirs = LOSSES[name]
+    ours, theirs = (make(len(labels) // OF_A_CLASS) for make in LOSSES[name])
     items = [sem.requires_grad_(), unc.requires_grad_()]
+    if hasattr(theirs, "proxies"):
+        theirs.proxies.data.copy_(interop.join(ours.proxies, ours.proxies_unc))
 
-    def step(loss: nn.Module, arguments: Callable[[], tuple[Tensor, ...]]) -> race.Call:
-        leaves = [*items, *loss.parameters()]
-        return lambda: torch.autograd.grad(loss(*arguments(), labels), leaves)
+    def step(loss: nn.Module, join: bool, sem: Tensor, unc: Tensor) -> tuple[Tensor, ...]:
+        # Their distance normalises what it is given: here ours too, or gradients would differ.
+        items = sem, unc
+        value = loss(*([interop.join(*items)] if join else (F.normalize(sem), unc)), labels)
+        return (value.detach(), *torch.autograd.grad(value, [*items, *loss.parameters()]))
 
-    found = {"ours": step(make_ours(len(labels) // OF_A_CLASS), lambda: (sem, unc))}
-    if "pml" in peers:
-        theirs = make_theirs(len(labels) // OF_A_CLASS)
-        found["pml"] = step(theirs, lambda: (interop.join(sem, unc),))
-    return found
+    build = {
+        "truth": lambda: rivals.truth(partial(step, deepcopy(ours).double(), False), items),
+        "pml": lambda: partial(step, theirs, True, *items),
+    }
+    return {"ours": partial(step, ours, False, *items)} | {peer: build[peer]() for peer in peers}

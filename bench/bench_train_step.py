@@ -17,7 +17,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import race
+import rivals
 import torch
+from machine import ROOT
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -25,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from idml_fast import Metric
 from idml_fast.losses import ProxyAnchorLoss
 
-sys.path.append(str(race.ROOT / "tests"))
+sys.path.append(str(ROOT / "tests"))
 import any_torchvision
 
 if "torchvision" not in sys.modules:
@@ -37,7 +39,6 @@ pytest.importorskip("pytorch_metric_learning", reason="the peer is not installed
 
 from PIL import Image
 from pytorch_metric_learning import losses as pml
-from sklearn.preprocessing import label_binarize
 from torchvision.transforms import v2
 
 from idml_fast.train.config import ModelConfig
@@ -50,7 +51,7 @@ METRIC = Metric.paper("cosine")
 BATCH = 120
 PROXIES = {"CUB-200-2011": 100, "Stanford Online Products": 11_318}
 SMALL, LARGE = ("test_resnet", 64), ("resnet50", 224)  # networks, and the side of their images
-MARGIN, ALPHA = 0.1, 32
+MARGIN, ALPHA = 0.1, 32  # as the released loss has them
 STEP_BARS = {
     "CUB-200-2011": {"released": 1.1, "pml": 1.1},
     "Stanford Online Products": {"released": 0.9, "pml": 1.1},
@@ -102,27 +103,13 @@ def test_loading(race_case, size, workers):
     )
 
 
-def released(sem: Tensor, unc: Tensor, labels: Tensor, proxies: Tensor) -> Tensor:
-    """The authors' expression. Where items and proxies nearly coincide it is not finite."""
-    classes = len(proxies)
-    positive = torch.FloatTensor(label_binarize(labels.numpy(), classes=range(classes)))
-    cosine = F.linear(F.normalize(sem), F.normalize(proxies))
-    squared = sem.square().sum(1)[:, None] + proxies.square().sum(1) - 2 * sem @ proxies.T
-    scores = 1 - (1 - cosine) * torch.exp(-(unc.square().sum(1)[:, None] + 4) / (5 * squared))
-    pull, push = torch.exp(-ALPHA * (scores - MARGIN)), torch.exp(ALPHA * (scores + MARGIN))
-    pull = torch.where(positive == 1, pull, torch.zeros_like(pull)).sum(dim=0)
-    push = torch.where(positive == 0, push, torch.zeros_like(push)).sum(dim=0)
-    present = len(torch.nonzero(positive.sum(dim=0) != 0))
-    return torch.log(1 + pull).sum() / present + torch.log(1 + push).sum() / classes
-
-
 class Released(nn.Module):
     def __init__(self, proxies: Tensor) -> None:
         super().__init__()
         self.proxies = nn.Parameter(proxies.clone())
 
     def forward(self, sem: Tensor, unc: Tensor, labels: Tensor) -> Tensor:
-        return released(sem, unc, labels, self.proxies)
+        return rivals.released(sem, unc, labels, self.proxies)
 
 
 class Plain(nn.Module):

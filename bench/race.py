@@ -5,33 +5,32 @@ different machines, so here every round calls each of them once, and a ratio is 
 rounds of the ratio within a round: what slows a round slows both sides of it and cancels, whereas
 two medians may come from different moments.
 
-On a GPU times are those between CUDA events, and each call finds an L2 cache without its inputs.
+No call finds its inputs in a cache, and the first call of each is not timed. On a GPU times are
+those between CUDA events.
 """
 
-import ctypes
-import gc
-import platform
-import re
-import shutil
+import os
 import statistics
-import subprocess
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, partial
-from importlib.metadata import version
 from multiprocessing import get_context
-from pathlib import Path
+from multiprocessing.context import BaseContext
 
+import machine
+import rivals
 import torch
+from machine import MIB
+from measure import TELLS_MEMORY, Call, agreement, empty_caches, error, peak_memory, seconds_on_gpu
+from torch import Tensor
 
-Call = Callable[[], tuple[torch.Tensor, ...]]  # returns every tensor it made that a user keeps
 Contestants = dict[str, Call]  # "ours" and its peers, on the same inputs
 
-MIB = 2**20
-ROOT = Path(__file__).resolve().parent.parent
+SLOW = 1.0  # seconds of a call that fills the caches itself, many times
+CHEAP = 60.0  # seconds that ours may take where each is called once, to be called once more
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,18 @@ class Case:
     shape: tuple[int, ...]  # such as (N, M)
     peers: tuple[str, ...]
     flop: float  # of one call, in the matrix products that the definition asks for
+    bytes: float = 0.0  # that one call has to move, where this is what bounds it and not `flop`
+    dtype: str = "fp32"  # whose products' rate is the machine's
+    op: str = ""  # the stem of its file
+    # What the case takes, for `budget`: pairs of which a peer may keep a matrix, bytes of inputs
+    # and results, and the peers whose cost is not that of `rivals.COSTS`.
+    pairs: float = 0.0
+    held: float = 0.0
+    costs: dict[str, rivals.Cost] = field(default_factory=dict)
+    # The shape, this one's or that of a part, at which results are compared with those of the
+    # contestant "truth", which is float64; None: they are not compared.
+    truth: tuple[int, ...] | None = None
+    compared: Callable[[Tensor], Tensor] | None = None  # what of a result is compared: such as mean
     bars: dict[str, float] = field(default_factory=dict)  # peer: the largest ratio ours / peer
     memory_bar: float | None = None  # MiB that ours must stay under, beyond inputs and results
     rounds: int | None = None  # None: as many as the session asks for; 0: `run_once`
@@ -82,8 +93,15 @@ class Case:
     # peers, as "network", what is beyond its time is the loss's.
     images: int | None = None
 
-    def flop_of(self, who: str) -> float:
-        return self.product_flop if who == "product" else self.flop
+    def count_of(self, who: str) -> float:
+        """What a contestant's rate counts: operations, or bytes."""
+        return self.product_flop if who == "product" else self.bytes or self.flop
+
+    def is_judged_whole(self) -> bool:
+        return self.truth == self.shape
+
+    def part(self, result: Tensor) -> Tensor:
+        return self.compared(result) if self.compared else result
 
 
 @dataclass(frozen=True)
@@ -91,11 +109,19 @@ class Result:
     case: Case
     seconds: dict[str, list[float]]  # contestant: one time a round; none if it ran out of memory
     extra: dict[str, int]  # contestant: bytes beyond inputs and results; empty where not measurable
+    # Contestant: its largest error beside float64, as a fraction; not finite where a result is not.
+    errors: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)  # of found columns, with float64's
+    taken: dict[str, float] = field(default_factory=dict)  # of the processors, by others
 
     def ratio(self, peer: str) -> float:
         """What ours takes as a fraction of what `peer` takes."""
         rounds = zip(self.seconds["ours"], self.seconds[peer], strict=True)
         return statistics.median(ours / other for ours, other in rounds)
+
+    def noise(self) -> float | None:
+        """How far the ratio of ours to itself, measured a second time, is from one."""
+        return abs(self.ratio("ours again") - 1) if "ours again" in self.seconds else None
 
     def memory_ratio(self, peer: str) -> float:
         """What ours takes of memory as a fraction of what `peer` takes."""
@@ -132,7 +158,7 @@ class Result:
         held = {
             peer: (f"at most {bar:.2f}", self.ratio(peer) <= bar)
             for peer, bar in self.case.bars.items()
-            if self.seconds[peer]
+            if self.seconds.get(peer)  # it has room, and is installed
         }
         bars = []
         if self.case.memory_bar is not None and self.extra:
@@ -155,44 +181,99 @@ class Result:
 
 
 def run(benchmark, case: Case, rounds: int) -> Result:
-    """Time the contestants in turn, then measure the memory of each."""
-    if case.rounds == 0:
-        return run_once(benchmark, case)
+    """The errors and the memory of each contestant, and their times in turn."""
+    result = Result(case, {}, {})
+    if case.truth and not case.is_judged_whole():
+        judge_part(result)
+    before = machine.now()
     if case.device == "cuda":
-        return run_on_gpu(benchmark, case, case.rounds or rounds)
+        run_on_gpu(benchmark, result, case.rounds or rounds)
+    elif case.rounds == 0:
+        run_once(benchmark, result)
+    else:
+        before = run_rounds(benchmark, result, case.rounds or rounds)
+    if before:
+        result.taken.update(before.taken(machine.now(), os.cpu_count()))
+    benchmark.extra_info.update(seconds=result.seconds, extra_bytes=result.extra)
+    return result
+
+
+def judge_part(result: Result) -> None:
+    """The errors at a smaller size, of all that need not be compiled for it."""
+    case = result.case
+    truth = case.build(*case.truth, ("truth",))["truth"]()
+    peers = tuple(peer for peer in case.peers if not rivals.cost(case, peer).compiles)
+    for who, call in case.build(*case.truth, peers).items():
+        judge(result, who, call(), truth)
+
+
+def judge(result: Result, who: str, found: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
+    found, truth = ([result.case.part(x) for x in tensors] for tensors in (found, truth))
+    told = (result.errors, error(found, truth)), (result.agreement, agreement(found, truth))
+    for by_contestant, value in told:
+        if value is not None:
+            by_contestant[who] = value
+
+
+def run_rounds(benchmark, result: Result, rounds: int) -> machine.Moment | None:
+    """Every contestant once for its memory and its error, then in turn; returns when that began."""
+    case = result.case
     contestants = case.build(*case.shape, case.peers)
-    seconds = times(benchmark, contestants, case.rounds or rounds)
-    extra = {}
-    if Path("/proc/self/clear_refs").exists():  # Linux
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh_process:
-            extra["ours"] = fresh_process.submit(first_call_memory, case).result()
-        extra |= {peer: peak_memory(contestants[peer]) for peer in case.peers}
-    benchmark.extra_info.update(seconds=seconds, extra_bytes=extra)
-    return Result(case, seconds, extra)
+    truth = case.build(*case.shape, ("truth",))["truth"]() if case.is_judged_whole() else ()
+    quick = set()
+    for who, call in contestants.items():
+        if rivals.cost(case, who).compiles:
+            call()
+        if first_call(result, who, call, truth) < SLOW:
+            quick.add(who)
+    truth = ()  # gives back its memory
+    if TELLS_MEMORY:
+        with ProcessPoolExecutor(1, mp_context=fresh_processes()) as fresh:
+            result.extra["ours"] = fresh.submit(first_call_memory, case).result()
+    before = machine.now()
+    result.seconds.update(times(benchmark, contestants, rounds, quick))
+    return before
 
 
-def run_once(benchmark, case: Case) -> Result:
-    """Each contestant once, its memory in the same call: for what takes minutes."""
+def run_once(benchmark, result: Result) -> None:
+    """Each contestant once, its memory and its error in the same call: for what takes minutes."""
+    case = result.case
     case.build(*(64 for _ in case.shape), ())["ours"]()  # loads code, starts threads
-    seconds: dict[str, list[float]] = {}
-    extra: dict[str, int] = {}
+    truth = case.build(*case.shape, ("truth",))["truth"]() if case.is_judged_whole() else ()
     for who, call in case.build(*case.shape, case.peers).items():
+        if rivals.cost(case, who).compiles:
+            call()
         timed = partial(benchmark.pedantic, call, rounds=1) if who == "ours" else call
+        result.seconds[who] = [first_call(result, who, timed, truth)]
+        if who == "ours" and result.seconds[who][0] < CHEAP:
+            result.seconds["ours again"] = [first_call(result, "ours again", call, truth)]
+
+
+def first_call(result: Result, who: str, call: Call, truth: Sequence[Tensor]) -> float:
+    """Seconds of a call whose memory and error are kept."""
+    found: list[Tensor] = []
+    seconds = 0.0
+
+    def timed() -> tuple[Tensor, ...]:
+        nonlocal seconds
         start = time.perf_counter()
-        if case.device == "cuda" or Path("/proc/self/clear_refs").exists():  # Linux
-            extra[who] = peak_memory(timed, case.device)
-        else:
-            timed()
-        seconds[who] = [time.perf_counter() - start]
-    benchmark.extra_info.update(seconds=seconds, extra_bytes=extra)
-    return Result(case, seconds, extra)
+        results = call()
+        seconds = time.perf_counter() - start
+        return results
+
+    if TELLS_MEMORY:
+        result.extra[who] = peak_memory(timed, results=found)
+    else:
+        found += timed()
+    judge(result, who, found, truth)
+    return seconds
 
 
-def run_on_gpu(benchmark, case: Case, rounds: int) -> Result:
+def run_on_gpu(benchmark, result: Result, rounds: int) -> None:
     """The memory of each contestant, then their times in turn; one that has no room has no time."""
+    case, extra = result.case, result.extra
     case.build(*(64 for _ in case.shape), ())["ours"]()  # loads libraries, which keep some memory
     contestants = case.build(*case.shape, case.peers)
-    extra: dict[str, int] = {}
     for who, call in contestants.items():
         try:
             if who != "ours":  # of ours the first call counts: it might keep what it allocates
@@ -202,44 +283,24 @@ def run_on_gpu(benchmark, case: Case, rounds: int) -> Result:
             if who == "ours":
                 raise
     contestants = {"ours": contestants["ours"], "ours again": contestants["ours"], **contestants}
-    seconds: dict[str, list[float]] = {who: [] for who in contestants}
+    result.seconds.update({who: [] for who in contestants})
     order = deque(who for who in contestants if who in extra or who == "ours again")
     for _ in range(rounds):
         order.rotate()
         for who in order:
-            seconds[who].append(seconds_on_gpu(contestants[who]))
+            result.seconds[who].append(seconds_on_gpu(contestants[who]))
     # The wall's clock, for what pytest-benchmark prints.
     benchmark.pedantic(lambda: seconds_on_gpu(contestants["ours"]), rounds=1)
-    benchmark.extra_info.update(seconds=seconds, extra_bytes=extra)
-    return Result(case, seconds, extra)
 
 
-def seconds_on_gpu(call: Call) -> float:
-    """Between two events around a call, which the host enqueues while the GPU empties its cache."""
-    other_data().zero_()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    results = call()
-    end.record()
-    end.synchronize()
-    del results
-    return start.elapsed_time(end) / 1e3
-
-
-@cache
-def other_data() -> torch.Tensor:
-    """Four times what the L2 cache holds."""
-    size = 4 * torch.cuda.get_device_properties().L2_cache_size
-    return torch.empty(size, dtype=torch.uint8, device="cuda")
-
-
-def times(benchmark, contestants: Contestants, rounds: int) -> dict[str, list[float]]:
+def times(
+    benchmark, contestants: Contestants, rounds: int, quick: Collection[str]
+) -> dict[str, list[float]]:
     """pytest-benchmark times ours; the others run in the `setup` that it calls before every round.
 
-    Its own statistics, comparisons and JSON are thus those of ours.
+    Its own statistics, comparisons and JSON are thus those of ours. Who is quick finds the caches
+    emptied.
     """
-    for call in contestants.values():
-        call()  # compiles, starts threads
     ours = contestants["ours"]
     # The same call twice a round: ratios of others are no more exact than the ratio of these two.
     others = {"ours again": ours, **contestants}
@@ -249,199 +310,37 @@ def times(benchmark, contestants: Contestants, rounds: int) -> dict[str, list[fl
 
     results = []  # of one call at a time, given back before the next: freeing is nobody's time
 
+    def prepare(who: str) -> None:
+        results.clear()
+        if who.removesuffix(" again") in quick:
+            empty_caches()
+
     def play_others() -> None:
         # Who runs after a big allocator finds memory that the system has at hand: all take turns.
         order.rotate()
         for who in order:
-            results.clear()
+            prepare(who)
             start = time.perf_counter()
             results.append(others[who]())
             seconds[who].append(time.perf_counter() - start)
-        results.clear()
+        prepare("ours")
 
     benchmark.pedantic(lambda: results.append(ours()), setup=play_others, rounds=rounds)
     return {"ours": list(benchmark.stats.stats.data), **seconds}
 
 
+@cache
+def fresh_processes() -> BaseContext:
+    """Starts processes in which nothing of ours has run, and PyTorch need not be imported again."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "idml_fast"])
+    return context
+
+
 def first_call_memory(case: Case) -> int:
     """`peak_memory` of ours where it never ran before: a workspace kept between calls counts.
 
-    Peers are measured in a later call, since torch.compile compiles in its first.
+    Of peers it is that of a later call where torch.compile compiles in the first.
     """
     case.build(*(64 for _ in case.shape), ())["ours"]()  # loads code, starts threads
     return peak_memory(case.build(*case.shape, ())["ours"])
-
-
-def peak_memory(call: Call, device: str = "cpu") -> int:
-    """Bytes in use at the peak of a call beyond those before it and those that it returns: resident
-    ones, or what PyTorch has allocated of the GPU's memory."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        results = call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before - sum(t.nbytes for t in results)
-    # Freed memory that the C library keeps would hide what is asked for anew.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
-    before = resident("VmRSS")
-    results = call()
-    return resident("VmHWM") - before - sum(t.nbytes for t in results)
-
-
-def resident(what: str) -> int:
-    """`VmRSS` (resident now) or `VmHWM` (most since it was reset) of this process, in bytes."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status[what].removesuffix("kB")) * 1024
-
-
-def table(results: list[Result]) -> str:
-    """One block a case, one line a contestant."""
-    columns = ("median ms", "spread", "TFLOP/s", "extra MiB", "ours / it", "bar")
-    lines = []
-    for result in results:
-        verdicts = result.verdicts()
-        lines += ["", result.case.title]
-        lines.append(line("", *columns))
-        for who, seconds in result.seconds.items():
-            if not seconds:
-                lines.append(f"  {who:11}  out of memory")
-                continue
-            median = statistics.median(seconds)
-            rate = result.case.flop_of(who) / median / 1e12
-            bar, met = verdicts.get(who, ("", True))
-            notes = [bar and f"{bar}: {'met' if met else 'MISSED'}"]
-            if who == "product":
-                notes.insert(0, f"ours reach {result.share():.0%} of its rate")
-            if result.case.images is not None:
-                notes.append(f"{result.case.images / median:.0f} images/s")
-                if "network" in result.seconds and who != "network":
-                    notes.append(f"the loss {result.loss_share(who):.1%}")
-            if result.is_chosen() and who == result.case.choice.peer:
-                notes.append(f"ours are {result.gain():.2f} times as fast: to be chosen")
-            lines.append(
-                line(
-                    who,
-                    milliseconds(median),
-                    spread(seconds),
-                    (f"{rate:.3f}" if rate < 100 else f"{rate:.0f}") if rate else "",
-                    f"{result.extra[who] / MIB:.1f}" if who in result.extra else "",
-                    f"{result.ratio(who):.2f}" if who != "ours" else "",
-                    ", ".join(filter(None, notes)),
-                )
-            )
-    return "\n".join(lines)
-
-
-def summary(results: list[Result]) -> str:
-    """One line a case: ours, the share of the product's rate, and what ours takes of each peer."""
-    lines = []
-    for result in results:
-        median = statistics.median(result.seconds["ours"])
-        rate = result.case.flop / median / 1e12
-        cells = [f"{milliseconds(median)} ms", f"{rate:.1f} TFLOP/s"]
-        if "product" in result.case.peers:
-            cells.append(f"{result.share():.0%} of the product's")
-        peers = [peer for peer in result.case.peers if peer != "product"]
-        cells += [
-            f"{result.ratio(peer):.2f} of {peer}" if result.seconds[peer] else f"{peer}: no room"
-            for peer in peers
-        ]
-        if "ours" in result.extra:
-            cells.append(f"{result.extra['ours'] / MIB:.0f} MiB")
-        if result.is_chosen():
-            cells.append(f"{result.gain():.2f} times as fast as {result.case.choice.peer}")
-        cells += [f"MISSED: {bar}" for bar, met in result.verdicts().values() if not met]
-        lines += [result.case.title, f"   {', '.join(cells)}"]
-    return "\n".join(lines)
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.1f}" if seconds >= 1e-3 else f"{seconds * 1e3:.3f}"
-
-
-def medians(results: list[Result]) -> dict[str, tuple[str, bool]]:
-    """In words, every median over cases, and whether it meets its bars; by title."""
-    found = {}
-    for median in dict.fromkeys(result.case.median for result in results if result.case.median):
-        cases = [result for result in results if result.case.median == median]
-        ratios = {"time": (median.time, [case.ratio(median.peer) for case in cases])}
-        if all(case.extra for case in cases):
-            memory = [case.memory_ratio(median.peer) for case in cases]
-            ratios["memory"] = (median.memory, memory)
-        middle = {what: statistics.median(values) for what, (_, values) in ratios.items()}
-        told = ", ".join(
-            f"{what} {middle[what]:.2f} (bar {bar:.2f})" for what, (bar, _) in ratios.items()
-        )
-        met = all(middle[what] <= bar for what, (bar, _) in ratios.items())
-        verdict = "met" if met else "MISSED"
-        text = f"median over {len(cases)} {median.title}, ours to {median.peer}: {told}: {verdict}"
-        found[median.title] = text, met
-    return found
-
-
-def choices(results: list[Result]) -> list[dict[str, str | float | bool]]:
-    """Of every case that decides between backends: how many times as fast ours is, and whether that
-    is enough."""
-    return [
-        {
-            "op": result.case.choice.op,
-            "dtype": result.case.choice.dtype,
-            "width": result.case.choice.width,
-            "case": result.case.title,
-            f"{result.case.choice.peer}_to_ours": result.gain(),
-            "chosen": result.is_chosen(),
-        }
-        for result in results
-        if result.gain() is not None
-    ]
-
-
-def line(who: str, *cells: str) -> str:
-    *numbers, bar = cells
-    return f"  {who:11}{''.join(f'{number:>11}' for number in numbers)}  {bar}".rstrip()
-
-
-def spread(seconds: list[float]) -> str:
-    """The width of the middle half of the times, as a fraction of their median."""
-    if len(seconds) < 2:
-        return ""
-    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return f"{(high - low) / median:.0%}"
-
-
-def machine(device: str) -> dict[str, str | float]:
-    """What a run's numbers belong to."""
-    cpu_info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpu_info.read_text()) if cpu_info.exists() else None
-    processor = model[1] if model else platform.processor() or platform.machine()
-    about = {
-        "device": processor,
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-    }
-    if device == "cuda":
-        ask = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
-        about = {
-            "device": torch.cuda.get_device_name(),
-            "driver": answer(*ask),
-            "cuda": torch.version.cuda,
-            "triton": version("triton"),
-            "processor": processor,
-        }
-    return about | {
-        "torch": torch.__version__,
-        "idml_fast": version("idml_fast"),
-        "python": platform.python_version(),
-        "commit": answer("git", "describe", "--always", "--dirty", "--exclude=*"),
-    }
-
-
-def answer(*command: str) -> str:
-    """What a command says; "unknown" where it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return "unknown"
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return ran.stdout.strip() or "unknown"
