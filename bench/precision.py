@@ -31,6 +31,7 @@ from unittest.mock import patch
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from idml_fast._triton import configs, interpreter, tile
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -38,7 +39,6 @@ from torch.nn.functional import normalize
 import idml_fast
 from idml_fast import _C, Metric, reference
 from idml_fast import backend as backends
-from idml_fast._triton import configs, interpreter, tile
 from idml_fast.stats import LogSumExp, Sum
 
 ROOT = Path(__file__).resolve().parent.parent
