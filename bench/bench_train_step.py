@@ -69,7 +69,7 @@ def test_step(race_case, name):
 @pytest.mark.parametrize("name", PROXIES)
 def test_step_of_a_large_network(race_case, full, name):
     if not full:
-        pytest.skip("this takes minutes: --full")
+        pytest.skip(f"training step, {LARGE[0]}, {name}: this takes minutes: --full")
     race_case(step_case(name, *LARGE, rounds=0))
 
 

@@ -44,7 +44,7 @@ def numbers(result: Result, who: str, rates: dict[str, float]) -> list[str]:
         f"{rate / peak:.0%}" if rate and peak else "",
         f"{result.extra[who] / MIB:.1f}" if who in result.extra else "",
         f"{result.ratio(who):.2f}" if who != "ours" else "",
-        "" if error is None else f"{error:.0e}",
+        "" if error is None else f"{error:.0e}" if error else "0",
     ]
 
 
