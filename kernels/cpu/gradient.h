@@ -239,7 +239,7 @@ bool add_sums(const Gram& gram, const Sums<T>& sums, T sign, const Gradient& gra
     clear<T>(gradient.rows);
   if (gradient.starts_cols)
     clear<T>(gradient.cols);
-  if (is_bfloat16(gram.rows.x))
+  if (is_bfloat16<T>(gram.rows.x))
     add_near<BFloat16>(gram, sums, sign, gradient, threads);
   else
     add_near<T>(gram, sums, sign, gradient, threads);

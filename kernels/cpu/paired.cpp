@@ -29,7 +29,7 @@ struct Item {
  private:
   // How many numbers have to be taken from where they are.
   static std::int64_t widened(const Matrix& x) {
-    return is_bfloat16(x) || x.col_stride != 1 ? x.cols : 0;
+    return is_bfloat16<T>(x) || x.col_stride != 1 ? x.cols : 0;
   }
 
   IDML_INLINE static const T* vector_of(const Matrix& x, std::int64_t i, T* memory) {
@@ -37,7 +37,7 @@ struct Item {
       return x.row<T>(i);
     for (std::int64_t k = 0; k < x.cols; ++k)
       memory[k] =
-          is_bfloat16(x) ? T(x.row<BFloat16>(i)[k * x.col_stride]) : x.row<T>(i)[k * x.col_stride];
+          is_bfloat16<T>(x) ? T(x.row<BFloat16>(i)[k * x.col_stride]) : x.row<T>(i)[k * x.col_stride];
     return memory;
   }
 

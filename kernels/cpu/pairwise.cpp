@@ -55,7 +55,7 @@ class BlockUpstream {
       if (stored != row)
         std::copy_n(stored, count, row);
     }
-    if (is_bfloat16(upstream.mirror))
+    if (is_bfloat16<T>(upstream.mirror))
       add_mirror<BFloat16>(upstream.mirror, begin, end, gradient.data());
     else
       add_mirror<T>(upstream.mirror, begin, end, gradient.data());
@@ -92,7 +92,7 @@ void pairwise_forward(const Tile& tile, const AnyMetric& metric, const Matrix& s
       if (!mirror.data)
         return;
       const auto first = [&](std::int64_t i) { return on_diagonal ? i + 1 : 0; };
-      if (is_bfloat16(scores))
+      if (is_bfloat16<T>(scores))
         mirror_block<BFloat16>(scores, mirror, block, first);
       else
         mirror_block<T>(scores, mirror, block, first);

@@ -88,7 +88,7 @@ void squared_norms(const Matrix& x, const Matrix& out, int threads) {
     const std::int64_t end = std::min((block + 1) * block_rows, x.rows);
     for (std::int64_t i = block * block_rows; i < end; ++i)
       out.row<T>(0)[i] =
-          static_cast<T>(is_bfloat16(x) ? squared_norm<BFloat16>(x, i) : squared_norm<T>(x, i));
+          static_cast<T>(is_bfloat16<T>(x) ? squared_norm<BFloat16>(x, i) : squared_norm<T>(x, i));
   });
 }
 

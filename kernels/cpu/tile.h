@@ -97,14 +97,16 @@ struct BFloat16 {
   }
 };
 
-inline bool is_bfloat16(const Matrix& x) {
-  return x.itemsize == sizeof(BFloat16);
+// Whether numbers that are T in the arithmetic are stored in bfloat16; doubles never are.
+template <class T>
+constexpr bool is_bfloat16(const Matrix& x) {
+  return std::is_same_v<T, float> && x.itemsize == sizeof(BFloat16);
 }
 
 // A row of numbers as T: where it is or, of bfloat16, widened into `memory`.
 template <class T>
 IDML_INLINE const T* load_row(const Matrix& x, std::int64_t i, T* memory) {
-  if (!is_bfloat16(x))
+  if (!is_bfloat16<T>(x))
     return x.row<T>(i);
   const BFloat16* stored = x.row<BFloat16>(i);
   for (std::int64_t j = 0; j < x.cols; ++j)
@@ -116,12 +118,12 @@ IDML_INLINE const T* load_row(const Matrix& x, std::int64_t i, T* memory) {
 // `round_row` takes it there, from column `first` on.
 template <class T>
 IDML_INLINE T* begin_row(const Matrix& x, std::int64_t i, T* memory) {
-  return is_bfloat16(x) ? memory : x.row<T>(i);
+  return is_bfloat16<T>(x) ? memory : x.row<T>(i);
 }
 
 template <class T>
 IDML_INLINE void round_row(const T* row, const Matrix& x, std::int64_t i, std::int64_t first = 0) {
-  if (!is_bfloat16(x))
+  if (!is_bfloat16<T>(x))
     return;
   BFloat16* stored = x.row<BFloat16>(i);
   for (std::int64_t j = first; j < x.cols; ++j)
@@ -153,7 +155,7 @@ IDML_INLINE T square_of_stored(const Matrix& x, std::int64_t i, const Matrix& y,
 template <class T>
 IDML_INLINE T square_of_sum(const Gram& gram, std::int64_t i, std::int64_t j, T sign) {
   const Matrix& x = gram.rows.x;
-  if (is_bfloat16(x))
+  if (is_bfloat16<T>(x))
     return square_of_stored<BFloat16>(x, i, gram.cols.x, j, sign);
   return square_of_stored<T>(x, i, gram.cols.x, j, sign);
 }
@@ -161,7 +163,7 @@ IDML_INLINE T square_of_sum(const Gram& gram, std::int64_t i, std::int64_t j, T 
 // ||y_j|| of all columns; only a product in bfloat16 asks for them.
 template <class T>
 IDML_INLINE std::vector<T> col_norms(const Gram& gram) {
-  std::vector<T> norms(is_bfloat16(gram.products) ? gram.products.cols : 0);
+  std::vector<T> norms(is_bfloat16<T>(gram.products) ? gram.products.cols : 0);
   for (std::size_t j = 0; j < norms.size(); ++j)
     norms[j] = std::sqrt(gram.cols.squares.row<T>(0)[j]);
   return norms;
@@ -206,7 +208,7 @@ IDML_INLINE void squares_of_row(const Gram& gram, std::int64_t i, T sign, const 
       squares[j] = row_square + col_squares[j];
     return;
   }
-  if (is_bfloat16(gram.products))
+  if (is_bfloat16<T>(gram.products))
     return squares_of_stored<BFloat16>(gram, i, sign, norms, squares);
   squares_of_stored<T>(gram, i, sign, norms, squares);
 }
@@ -245,7 +247,7 @@ IDML_INLINE void versines_of_near(const Gram& sem, std::int64_t i, T inverse, co
 template <class T>
 IDML_INLINE void versines_of_row(const Gram& sem, std::int64_t i, T inverse, const T* col_inverses,
                                  T* versines) {
-  if (is_bfloat16(sem.products))
+  if (is_bfloat16<T>(sem.products))
     return versines_of_stored<BFloat16>(sem, i, inverse, col_inverses, versines);
   versines_of_stored<T>(sem, i, inverse, col_inverses, versines);
 }
