@@ -183,6 +183,9 @@ IDML_INLINE T lambert_w(T z) {
       z < T(1) ? low * (T(1) + T(4.0 / 3) * low) : log * (T(2) + log - rough_log(T(1) + log));
   const T denominator = z < T(1) ? T(1) + (T(7.0 / 3) + T(5.0 / 6) * low) * low : T(2) + log;
   T r = numerator / denominator;
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#pragma GCC unroll 3  // a loop within keeps the one around it from being vectorised
+#endif
   for (int step = 0; step < (sizeof(T) == sizeof(float) ? 2 : 3); ++step) {
     const T f = r - z * exp_negative(r);
     const T next = r + T(1);
