@@ -36,8 +36,8 @@ struct Item {
     if (!widened(x))
       return x.row<T>(i);
     for (std::int64_t k = 0; k < x.cols; ++k)
-      memory[k] =
-          is_bfloat16<T>(x) ? T(x.row<BFloat16>(i)[k * x.col_stride]) : x.row<T>(i)[k * x.col_stride];
+      memory[k] = is_bfloat16<T>(x) ? T(x.row<BFloat16>(i)[k * x.col_stride])
+                                    : x.row<T>(i)[k * x.col_stride];
     return memory;
   }
 
