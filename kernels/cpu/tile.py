@@ -67,6 +67,9 @@ class Embedding:
         A product in bfloat16 is ``2 (|x||y| + sign x.y)``, the norms as sums of three bfloat16 in
         six more columns: so it cancels within the float32 accumulator, and only what remains is
         rounded to bfloat16. ``x.y`` itself, rounded first, would lose it.
+
+        An odd width gets a column of zeros: matrix units take two numbers at a time, and of the
+        last pair would read one of the next row, whose NaN times zero is NaN.
         """
         if not self.native_bf16:
             return panel
@@ -75,10 +78,11 @@ class Embedding:
             thirds.append(rest.to(panel.dtype))
             rest = rest - thirds[-1]
         high, middle, low = thirds
+        even = panel.new_zeros(len(panel), panel.shape[1] % 2)
         if left:
-            return torch.cat([panel, high, high, middle, high, low, middle], dim=1)
+            return torch.cat([panel, high, high, middle, high, low, middle, even], dim=1)
         norms = torch.cat([high, middle, high, low, high, middle], dim=1)
-        return torch.cat([2 * sign * panel, 2 * norms], dim=1)
+        return torch.cat([2 * sign * panel, 2 * norms, even], dim=1)
 
 
 class Gram:
