@@ -144,8 +144,9 @@ def test_widths_need_not_be_whole(gpu):
         x[:, -3:] = math.nan
         inputs[name] = x[:, :-3]
     scores = pairwise(**inputs, backend="cuda")
-    expected = pairwise(**inputs, backend="reference")
-    torch.testing.assert_close(scores, expected, rtol=2e-2, atol=2e-2)
+    # In float64: a product of bfloat16 on a CPU reads beyond an odd width itself, where it has AMX.
+    expected = pairwise(**to_double(inputs), backend="reference")
+    torch.testing.assert_close(scores.double(), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("certain", [("unc",), ("unc2",), ("unc", "unc2")], ids="+".join)

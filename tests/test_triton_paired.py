@@ -85,7 +85,6 @@ SHAPES = {
     "width 1": (40, 35, 1, 1, 701),
     "one item": (1, 1, 5, 3, 4),
     "one item, self": (1, None, 5, 3, 4),
-    "one pair": (5, 4, 3, 2, 1),
     "no pairs": (5, 4, 3, 2, 0),
     "most items in no pair": (100, None, 6, 4, 20),
 }
@@ -96,6 +95,22 @@ def test_shapes(shape: tuple[int, ...]) -> None:
     n, m, ds, du, count = shape
     inputs = draw(n, m, ds, du, dtype=FLOAT)
     assert_follows_the_rule(inputs, draw_index(n, m, count), Metric(1.5, 0.25))
+
+
+def test_one_pair() -> None:
+    """Its errors are no sample; those of thirty lists of one pair are."""
+    problems = [draw(5, 4, 3, 2, dtype=FLOAT, seed=seed) for seed in range(30)]
+    metric, index = Metric(1.5, 0.25), draw_index(5, 4, 1)
+    ours, eager, truth = (
+        [measure(inputs, index, metric, eager=by_definition) for inputs in some]
+        for some, by_definition in (
+            (problems, False),
+            (problems, True),
+            ([to_double(inputs) for inputs in problems], True),
+        )
+    )
+    for what in ours[0]:
+        assert_accurate(what, *(torch.stack([x[what] for x in xs]) for xs in (ours, eager, truth)))
 
 
 @pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (0, 0), (0, None)])
