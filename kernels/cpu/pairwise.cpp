@@ -24,14 +24,21 @@ IDML_INLINE void mirror_block(const Matrix& scores, const Matrix& mirror, std::i
   }
 }
 
-// both[i, j] += mirror[j, i] for the rows of one block.
+// both[i, j] += mirror[j, i] for the rows of one block. By squares, turned in memory of their own:
+// the rows of `both` may lie at a multiple of a large power of two, and a walk along a column of
+// them would find room for few in the first cache.
 template <class S, class T>
 IDML_INLINE void add_mirror(const Matrix& mirror, std::int64_t begin, std::int64_t end, T* both) {
   const std::int64_t count = mirror.rows;
-  for (std::int64_t j = 0; j < count; ++j) {
-    const S* column = mirror.row<S>(j);
+  S square[block_rows][block_rows];
+  for (std::int64_t first = 0; first < count; first += block_rows) {
+    const std::int64_t last = std::min(first + block_rows, count);
+    for (std::int64_t j = first; j < last; ++j)
+      for (std::int64_t i = begin; i < end; ++i)
+        square[i - begin][j - first] = mirror.row<S>(j)[i];
     for (std::int64_t i = begin; i < end; ++i)
-      both[(i - begin) * count + j] += column[i];
+      for (std::int64_t j = first; j < last; ++j)
+        both[(i - begin) * count + j] += square[i - begin][j - first];
   }
 }
 
