@@ -111,7 +111,12 @@ LOSSES: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]]
 }
 DRAWN = {"Margin, distance-weighted"}  # theirs draws class by class; draws are not compared
 # Of theirs, which lists tuples of items, and takes as many numbers for each.
-COSTS = {"FastAP": rivals.Cost(18, 30), "Margin, distance-weighted": rivals.Cost(150, 12)}
+COSTS = {
+    "Multi-Similarity, mined": rivals.Cost(8, 12),
+    **dict.fromkeys(("Triplet, all", "Triplet, semi-hard", "Margin, all"), rivals.Cost(12, 30)),
+    "FastAP": rivals.Cost(18, 30),
+    "Margin, distance-weighted": rivals.Cost(150, 12),
+}
 ALONE = {"NT-Xent"}  # theirs has a matrix of positive x negative pairs: 206 GB at 4096 rows
 
 

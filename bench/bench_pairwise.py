@@ -29,6 +29,10 @@ BARS = {  # (sets, passes): the largest ratio of ours to torch.compile, fp32 on 
 BF16_BAR = 0.7  # ours in bf16 / ours in fp32, where the processor multiplies bf16 tiles
 MEMORY_BAR = 64  # MiB beyond inputs, output and gradients, at twice ROWS
 
+# The most pairs that are compared with float64, which takes longer than all that is measured; of
+# more, a part.
+JUDGED = {"forward": ROWS**2, "forward + backward": 2**21}
+
 # Rows, columns and width of batches beside the proxies of Stanford Online Products, of 60,000
 # classes and of MS1M's faces; and of large batches.
 SHAPES = [
@@ -92,7 +96,7 @@ def case(n, m, sets, passes, dtype, width=D, peers=None, **rest) -> race.Case:
         dtype=name,
         pairs=n * m,
         held=3.0 * n * m * dtype.itemsize,  # scores, their upstream gradient, and it in float32
-        truth=(n, m) if n * m <= ROWS**2 else (256, 256 if sets != "two sets" else m),
+        truth=(n, m) if n * m <= JUDGED[passes] else (256, 256 if sets != "two sets" else m),
         **rest,
     )
 

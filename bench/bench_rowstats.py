@@ -60,7 +60,7 @@ def proxy_anchor_case(batch, classes, width, peers, metric, **rest) -> race.Case
         pairs=batch * classes,
         held=4.0 * width * (2 * classes + 4 * batch),  # and their gradients
         costs={"products": rivals.Cost(1.2, 1)},
-        truth=(batch, classes) if batch * classes <= 2**24 else (64, CLASSES),
+        truth=(batch, classes) if batch * classes <= 2**21 else (64, CLASSES),
         **rest,
     )
 
@@ -96,7 +96,7 @@ def multi_similarity_case(rows, width, peers, **rest) -> race.Case:
         pairs=rows * rows,
         held=4.0 * rows * 4 * width,
         costs={"eager": rivals.Cost(9, 15)},  # with two exponentials more a pair
-        truth=(rows, rows) if rows <= 4096 else (512, 512),
+        truth=(rows, rows) if rows <= 1024 else (512, 512),
         **rest,
     )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import rivals
 from race import Case
 
-CASES = 40  # a case may take one part in so many of a run's time
+CASES = 48  # a case may take one part in so many of a run's time
 SPARE = 0.8  # of the free memory that a case may take
 LEAST_ROUNDS = 2  # beside the first call; where fewer fit, every contestant is called once
 

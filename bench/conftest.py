@@ -145,7 +145,7 @@ def pytest_terminal_summary(terminalreporter, exitstatus, config):
     for text, _ in scoreboard.medians(results).values():
         write(f"\n{text}")
     skipped = [report.longrepr[2] for report in terminalreporter.stats.get("skipped", ())]
-    notes += [reason.removeprefix("Skipped: ") for reason in skipped]
+    notes += dict.fromkeys(reason.removeprefix("Skipped: ") for reason in skipped)
     if notes:
         terminalreporter.section("to be known")
         for note in notes:

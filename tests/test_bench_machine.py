@@ -12,10 +12,10 @@ pytest.importorskip("pytest_benchmark", reason="benchmarks need pytest-benchmark
 RATES = {"fp32 product": 1.1e9, "bf16 product": 9e9, "copy": 1e9}  # the first is told from 2^30
 
 
-def planned(race, rounds=5, spent=0.0, memory=1e9, full=False, seconds=40.0, **about):
+def planned(race, rounds=5, spent=0.0, memory=1e9, full=False, **about):
     """What of a case fits: a second is a case's share of the run, and of one product."""
     budget = importlib.import_module("budget")
-    monkeyed = budget.Budget(seconds * budget.CASES / 40, RATES, memory, full)
+    monkeyed = budget.Budget(float(budget.CASES), RATES, memory, full)
     case = {"peers": ("eager", "floor"), "flop": 2.0**30 / 100, "pairs": 1e6, **about}
     found, told = monkeyed.fit(race.Case("a case", dict, (2, 2), **case), rounds, spent)
     return found and (found.peers, found.rounds), told
@@ -58,8 +58,10 @@ def test_a_peer_without_memory_is_left_out_and_a_case_without_memory_too(race):
 
 
 def test_a_run_whose_time_is_over_says_so(race):
-    assert planned(race, spent=39.99) == (None, ["the 40 seconds of this run are over: --budget"])
-    assert planned(race, spent=39.99, full=True)[0] is not None
+    seconds = importlib.import_module("budget").CASES
+    over = [f"the {seconds} seconds of this run are over: --budget"]
+    assert planned(race, spent=seconds - 0.01) == (None, over)
+    assert planned(race, spent=seconds - 0.01, full=True)[0] is not None
 
 
 def test_a_peer_that_is_not_installed_is_left_out_and_named(race, monkeypatch):
