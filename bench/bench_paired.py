@@ -28,7 +28,7 @@ def test_paired(race_case, passes):
             bytes=4.0 * numbers(passes, D) * PAIRS,
             pairs=2 * D * PAIRS,  # numbers that eager gathers
             # Memory is what takes time, not operations.
-            costs={who: replace(x, time=40 * x.time) for who, x in rivals.COSTS.items()},
+            costs={who: replace(x, time=70 * x.time) for who, x in rivals.COSTS.items()},
             truth=(ITEMS // 8, PAIRS // 8),
             bars=BARS.get(passes, {}),
         )

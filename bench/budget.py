@@ -1,8 +1,8 @@
 """Which of a case's peers, and how many rounds, there are time and memory for on this machine.
 
 An estimate is made of the case's operations, the machine's rate and what `rivals.COSTS` knows of a
-contestant. It tells seconds from minutes, no more; the rate is rounded to a power of two, so that
-the same machine runs the same cases every time.
+contestant. It tells seconds from minutes, no more; the rate is rounded down to a power of two, so
+that the same machine runs the same cases every time.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import rivals
 from race import Case
 
-CASES = 48  # a case may take one part in so many of a run's time
+CASES = 52  # a case may take one part in so many of a run's time
 SPARE = 0.8  # of the free memory that a case may take
 LEAST_ROUNDS = 2  # beside the first call; where fewer fit, every contestant is called once
 
@@ -77,7 +77,7 @@ class Budget:
         """Of one call of these, and two of ours. In bf16 they take half as long as in fp32, not
         less: what is not a product is no faster than memory."""
         rate = self.rates["fp32 product"] * (2 if case.dtype == "bf16" else 1)
-        rate = 2.0 ** round(math.log2(rate))
+        rate = 2.0 ** math.floor(math.log2(rate))
         times = [rivals.cost(case, who).time for who in ("ours", "ours", *peers)]
         return sum(times) * case.flop / rate
 
