@@ -98,6 +98,7 @@ def test_loading(race_case, size, workers):
             peers=("usual",),
             flop=0,
             images=READ,
+            rounds=3,
             bars={"usual": PHOTOGRAPHS[size]} if workers == 0 else {},
         )
     )
