@@ -263,10 +263,8 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes(shape, way):
     metric = METRICS["distance" if shape[2] == 3 else "cosine"]  # many cosines would be near 1
-    seeds = range(
-        8 if 1 in shape[:2] else 3
-    )  # one row's errors share its norms: many rows it takes
-    problems = [draw(*shape, dtype=FLOAT, seed=seed) for seed in seeds]
+    count = 8 if 1 in shape[:2] else 3  # the errors of one row's pairs share those of its norm
+    problems = [draw(*shape, dtype=FLOAT, seed=seed) for seed in range(count)]
     with walking(way):
         assert_together_follow_the_rule(problems, metric, "triton")
 
