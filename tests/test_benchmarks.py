@@ -305,9 +305,32 @@ def test_other_cases_and_empty_folders_are_errors_too(tmp_path):
         check([tmp_path / "index.json"], tmp_path)
 
 
-# Stands for the Python that runs the benchmarks: leaves the record $NEW where it is asked to.
+def test_of_several_runs_what_all_have_lost_is_lost(tmp_path):
+    def run(commit: str = "b", **ratios: float) -> dict:
+        cases = {title: {"ours": [ratio], "peer": [1.0]} for title, ratio in ratios.items()}
+        return made_up_run(cases, commit=commit)
+
+    def kept(*runs: dict) -> bool:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        told, kept = check([write(new, folder) for new in runs], tmp_path / "results")
+        assert ("in every run that has it lost" in told) == (len(runs) > 1)
+        return kept
+
+    write(run("a", x=0.5, y=0.5), tmp_path / "results")
+    assert not kept(run(x=1.0, y=0.5))
+    assert kept(run(x=1.0, y=0.5), run(x=0.5, y=1.0))
+    assert not kept(run(x=1.0, y=0.5), run(x=1.0, y=1.0))
+    assert not kept(run(x=1.0), run(y=0.5))  # the second has not looked at x
+    assert not kept(run(x=1.0), run("c", x=0.5))  # another commit
+
+
+# Stands for the Python that runs the benchmarks: leaves $NEW/1.json where it is asked to, and when
+# it is called again $NEW/2.json.
 BENCHMARKS = """#!/bin/sh
-for word in "$@"; do case $word in --record=*) cp "$NEW" "${word#--record=}"; esac; done
+for word in "$@"; do case $word in --record=*)
+	folder=${word#--record=}; next=$(($(ls "$folder" | wc -l) + 1))
+	cp "$NEW/$next.json" "$folder/2026-11-22-a-cpu-b-$next.json"
+esac; done
 echo "called: $*"
 exit $STATUS
 """
@@ -320,21 +343,26 @@ sys.exit(main())
 
 
 @pytest.mark.parametrize(
-    ("ratio", "status", "fine"), [(0.5, 0, True), (1.0, 0, False), (0.5, 1, False)]
+    ("ratios", "status", "fine"),
+    [([0.5], 0, True), ([1.0, 1.0], 0, False), ([1.0, 0.5], 0, True), ([0.5], 1, False)],
 )
-def test_make_bench_check(tmp_path, ratio, status, fine):
+def test_make_bench_check(tmp_path, ratios, status, fine):
     write(made_up_run({"a case": {"ours": [0.5], "peer": [1.0]}}, commit="a"), tmp_path / "results")
-    new = write(
-        made_up_run({"a case": {"ours": [ratio], "peer": [1.0]}}, commit="b"), tmp_path / "new"
-    )
-    for name in ("bin", "tmp"):
+    for name in ("bin", "new", "tmp"):
         (tmp_path / name).mkdir()
+    for number, ratio in enumerate(ratios, 1):
+        run = made_up_run({"a case": {"ours": [ratio], "peer": [1.0]}}, commit="b")
+        (tmp_path / "new" / f"{number}.json").write_text(json.dumps(run))
     for name, text in (("python", BENCHMARKS), ("idml-fast", COMMAND)):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "installed").touch()
     environment = {k: x for k, x in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    environment |= {"TMPDIR": str(tmp_path / "tmp"), "NEW": str(new), "STATUS": str(status)}
+    environment |= {
+        "TMPDIR": str(tmp_path / "tmp"),
+        "NEW": str(tmp_path / "new"),
+        "STATUS": str(status),
+    }
     ran = subprocess.run(
         [
             *("make", "bench-check", "ARGS=-k pairwise --rows=64", f"BIN={tmp_path / 'bin'}"),
@@ -343,10 +371,11 @@ def test_make_bench_check(tmp_path, ratio, status, fine):
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (ran.returncode == 0) == fine, ran.stdout + ran.stderr
+    assert ran.stdout.count("called:") == len(ratios)
     called, *told = ran.stdout.splitlines()
     assert called.startswith("called: -m pytest bench/ --benchmark-only --record=")
     assert called.endswith(" -k pairwise --rows=64")
     assert ["compared" in line for line in told[:1]] == ([True] if status == 0 else [])
-    assert ("LOST" in ran.stdout) == (ratio == 1.0)
+    assert ("LOST" in ran.stdout) == (ratios[0] == 1.0)
     assert list((tmp_path / "tmp").iterdir()) == []  # it cleans up after itself
     assert len(read_folder(tmp_path / "results")) == 1  # and records nothing

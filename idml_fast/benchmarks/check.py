@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from .records import INDEX, Case, Record, RecordError, read, read_folder
 
@@ -71,13 +72,16 @@ def check(paths: Iterable[Path], results: Path) -> tuple[str, bool]:
             the same kind of device that has it.
 
     Returns:
-        What there is to say, and whether nothing was lost.
+        What there is to say, and whether nothing was lost. Of several new runs of one commit on
+        one kind of device a ratio is lost if all that have it have lost it: a machine's bad moment
+        may be longer than a case's rounds, but does not come back.
 
     Raises:
         RecordError: a file is no record, or there is nothing to compare a record with.
     """
     recorded = read_folder(results)
-    texts, kept = [], True
+    texts: list[str] = []
+    lost: dict[tuple[Any, ...], bool] = {}
     for record in _read_all(paths):
         # Of a record that has been added to the folder, those before it.
         earlier = list(takewhile(lambda x, new=record: x != new, recorded))
@@ -89,8 +93,15 @@ def check(paths: Iterable[Path], results: Path) -> tuple[str, bool]:
                 f"{record.name} can be compared with nothing: no earlier run in {results} {why}"
             )
         texts.append(_told(record, outcome))
-        kept = kept and not outcome.losses
-    return "\n\n".join(texts), kept
+        for x in outcome.compared:
+            ratio = record.machine, record.commit, x.case, x.peer
+            lost[ratio] = lost.get(ratio, True) and x.is_loss
+    losses = [f"  {case}, {peer}" for (*_, case, peer), everywhere in lost.items() if everywhere]
+    if len(texts) > 1:
+        texts.append(
+            "\n".join([f"in every run that has it lost: {len(losses) or 'none'}", *losses])
+        )
+    return "\n\n".join(texts), not losses
 
 
 def compare(record: Record, earlier: Sequence[Record]) -> Outcome:
