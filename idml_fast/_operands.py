@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import backend as backends
 from .metric import Metric
+
+_LIBRARY = torch.library.Library("idml_fast", "FRAGMENT")
 
 # The arguments that every operation begins with. `learned` is tau and gamma as one tensor [2] in
 # the place of the two numbers.
@@ -101,12 +104,50 @@ def by_operand(gradients: list[Tensor], wanted: list[bool]) -> tuple[Tensor | No
     return tuple(placed)
 
 
-def no_second_derivative(op: str) -> Any:
-    """The gradient of a backward: none, and why."""
+def define(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    save: Callable[..., None],
+    backward: Callable[..., Any],
+) -> None:
+    """Tells PyTorch of an operation: what it takes, last of all a backend, whose launcher of this
+    ``name`` runs it; the shapes it returns, for torch.compile and export; its gradient."""
+
+    def launch(*arguments: Any) -> Any:
+        *arguments, backend = arguments
+        return backends.launcher(backend, name).forward(*arguments)
+
+    _register(name, schema, launch, fake, backward, save)
+
+
+def define_backward(name: str, schema: str, *, fake: Callable[..., list[Tensor]]) -> None:
+    """The same of the operation that is its gradient, so that this can be traced as well. It takes
+    a backend last, and by keyword which of `LEAVES` are ``wanted``; it has no gradient itself."""
+
+    def launch(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
+        *arguments, backend = arguments
+        return backends.launcher(backend, name).backward(*arguments, wanted=wanted)
 
     def refuse(ctx: Any, *upstream: Any) -> None:
         raise RuntimeError(
-            f"idml_fast.{op} has no second derivative; backend='reference' has every derivative"
+            f"idml_fast.{name} has no second derivative; backend='reference' has every derivative"
         )
 
-    return refuse
+    _register(f"{name}_backward", schema, launch, fake, refuse)
+
+
+def _register(
+    name: str,
+    schema: str,
+    launch: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any],
+    save: Callable[..., None] | None = None,
+) -> None:
+    name = f"idml_fast::{name}"
+    torch.library.define(name, schema, lib=_LIBRARY)
+    torch.library.impl(name, backends.DEVICES, launch, lib=_LIBRARY)
+    torch.library.register_fake(name, fake, lib=_LIBRARY)
+    torch.library.register_autograd(name, backward, setup_context=save, lib=_LIBRARY)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _blocks, _checks, reference
 from . import backend as backends
-from ._operands import OPERANDS, autocast, beyond_cuda, by_operand, operands, save, saved
+from ._operands import OPERANDS, autocast, beyond_cuda, by_operand, define, operands, save, saved
 from .metric import Metric
 from .stats import CONDITIONS
 
@@ -243,26 +243,6 @@ def nearest(
     return values.to(sem.dtype), found
 
 
-# The operation takes a block of columns, after `first` others whose best it has returned (None for
-# the first block): scores and keys in float32 (float64 for float64) and columns, [N, k] each.
-# What decides is the key: the score, its negative, or that of a draw. `weights` are the width, the
-# cutoff and the bound of the draws; none if nothing is drawn.
-torch.library.define(
-    "idml_fast::nearest",
-    f"({OPERANDS}, Tensor? labels2, Tensor? labels, str where, bool largest, bool exclude_self, "
-    "Tensor? above, float[] weights, Tensor? seed, int k, "
-    "int first, Tensor? best_scores, Tensor? best_columns, Tensor? best_keys, str backend)"
-    " -> (Tensor scores, Tensor columns, Tensor keys)",
-)
-
-
-@torch.library.impl("idml_fast::nearest", backends.DEVICES)
-def _launch_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *arguments, backend = arguments
-    return backends.launcher(backend, "nearest").forward(*arguments)
-
-
-@torch.library.register_fake("idml_fast::nearest")
 def _forward_fake(sem: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     k = others[-6]
     scores = sem.new_empty(sem.shape[0], k, dtype=torch.promote_types(sem.dtype, torch.float32))
@@ -288,4 +268,17 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return *by_operand(gradients, wanted), *none[8:]
 
 
-torch.library.register_autograd("idml_fast::nearest", _backward, setup_context=_save)
+# The operation takes a block of columns, after `first` others whose best it has returned (None for
+# the first block): scores and keys in float32 (float64 for float64) and columns, [N, k] each.
+# What decides is the key: the score, its negative, or that of a draw. `weights` are the width, the
+# cutoff and the bound of the draws; none if nothing is drawn.
+define(
+    "nearest",
+    f"({OPERANDS}, Tensor? labels2, Tensor? labels, str where, bool largest, bool exclude_self, "
+    "Tensor? above, float[] weights, Tensor? seed, int k, "
+    "int first, Tensor? best_scores, Tensor? best_columns, Tensor? best_keys, str backend)"
+    " -> (Tensor scores, Tensor columns, Tensor keys)",
+    fake=_forward_fake,
+    save=_save,
+    backward=_backward,
+)

@@ -13,8 +13,9 @@ from ._operands import (
     OPERANDS,
     autocast,
     by_operand,
+    define,
+    define_backward,
     empty_gradients,
-    no_second_derivative,
     operands,
     save,
     saved,
@@ -77,37 +78,11 @@ def paired(
     return torch.ops.idml_fast.paired(*operands(sem, unc, sem2, unc2, metric), rows, cols, served)
 
 
-# Without an index, row t is paired with column t. The backward takes a negative column as no pair:
-# `idml_fast.nearest` differentiates its scores with it, and may not have found all it looked for.
-torch.library.define(
-    "idml_fast::paired", f"({OPERANDS}, Tensor? rows, Tensor? cols, str backend) -> Tensor"
-)
-torch.library.define(
-    "idml_fast::paired_backward",
-    f"(Tensor upstream, {OPERANDS}, Tensor? rows, Tensor? cols, str backend, *, bool[] wanted)"
-    " -> Tensor[]",
-)
-
-
-@torch.library.impl("idml_fast::paired", backends.DEVICES)
-def _launch_forward(*arguments: Any) -> Tensor:
-    *arguments, backend = arguments
-    return backends.launcher(backend, "paired").forward(*arguments)
-
-
-@torch.library.impl("idml_fast::paired_backward", backends.DEVICES)
-def _launch_backward(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
-    *arguments, backend = arguments
-    return backends.launcher(backend, "paired").backward(*arguments, wanted=wanted)
-
-
-@torch.library.register_fake("idml_fast::paired")
 def _forward_fake(sem: Tensor, *arguments: Any) -> Tensor:
     rows = arguments[-3]
     return sem.new_empty((sem if rows is None else rows).shape[0])
 
 
-@torch.library.register_fake("idml_fast::paired_backward")
 def _backward_fake(upstream: Tensor, *arguments: Any, wanted: list[bool]) -> list[Tensor]:
     return empty_gradients(arguments, wanted)
 
@@ -124,5 +99,18 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     return *by_operand(gradients, wanted), None, None, None
 
 
-torch.library.register_autograd("idml_fast::paired", _backward, setup_context=_save)
-torch.library.register_autograd("idml_fast::paired_backward", no_second_derivative("paired"))
+# Without an index, row t is paired with column t. The backward takes a negative column as no pair:
+# `idml_fast.nearest` differentiates its scores with it, and may not have found all it looked for.
+define(
+    "paired",
+    f"({OPERANDS}, Tensor? rows, Tensor? cols, str backend) -> Tensor",
+    fake=_forward_fake,
+    save=_save,
+    backward=_backward,
+)
+define_backward(
+    "paired",
+    f"(Tensor upstream, {OPERANDS}, Tensor? rows, Tensor? cols, str backend, *, bool[] wanted)"
+    " -> Tensor[]",
+    fake=_backward_fake,
+)

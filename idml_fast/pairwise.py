@@ -14,8 +14,9 @@ from ._operands import (
     autocast,
     beyond_cuda,
     by_operand,
+    define,
+    define_backward,
     empty_gradients,
-    no_second_derivative,
     operands,
     save,
     saved,
@@ -83,34 +84,10 @@ def pairwise(
     return torch.ops.idml_fast.pairwise(*operands(sem, unc, sem2, unc2, metric), served)
 
 
-# What PyTorch is told of the operation: shapes for torch.compile and export, the kernels, and the
-# gradient, which is an operation of its own so that it can be traced as well.
-
-torch.library.define("idml_fast::pairwise", f"({OPERANDS}, str backend) -> Tensor")
-torch.library.define(
-    "idml_fast::pairwise_backward",
-    f"(Tensor upstream, Tensor? scores, {OPERANDS}, str backend, *, bool[] wanted) -> Tensor[]",
-)
-
-
-@torch.library.impl("idml_fast::pairwise", backends.DEVICES)
-def _launch_forward(*arguments: Any) -> Tensor:
-    *arguments, backend = arguments
-    return backends.launcher(backend, "pairwise").forward(*arguments)
-
-
-@torch.library.impl("idml_fast::pairwise_backward", backends.DEVICES)
-def _launch_backward(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
-    *arguments, backend = arguments
-    return backends.launcher(backend, "pairwise").backward(*arguments, wanted=wanted)
-
-
-@torch.library.register_fake("idml_fast::pairwise")
 def _forward_fake(sem: Tensor, unc: Tensor | None, sem2: Tensor | None, *_: Any) -> Tensor:
     return sem.new_empty(sem.shape[0], (sem if sem2 is None else sem2).shape[0])
 
 
-@torch.library.register_fake("idml_fast::pairwise_backward")
 def _backward_fake(
     upstream: Tensor, scores: Tensor | None, *operands: Any, wanted: list[bool]
 ) -> list[Tensor]:
@@ -131,5 +108,15 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     return *by_operand(gradients, wanted), None
 
 
-torch.library.register_autograd("idml_fast::pairwise", _backward, setup_context=_save)
-torch.library.register_autograd("idml_fast::pairwise_backward", no_second_derivative("pairwise"))
+define(
+    "pairwise",
+    f"({OPERANDS}, str backend) -> Tensor",
+    fake=_forward_fake,
+    save=_save,
+    backward=_backward,
+)
+define_backward(
+    "pairwise",
+    f"(Tensor upstream, Tensor? scores, {OPERANDS}, str backend, *, bool[] wanted) -> Tensor[]",
+    fake=_backward_fake,
+)

@@ -15,8 +15,9 @@ from ._operands import (
     autocast,
     beyond_cuda,
     by_operand,
+    define,
+    define_backward,
     empty_gradients,
-    no_second_derivative,
     operands,
     save,
     saved,
@@ -183,30 +184,6 @@ def _result(
     return values[place.value] if stat.values else integers[place.integer]
 
 
-torch.library.define(
-    "idml_fast::rowstats",
-    f"({OPERANDS}, Tensor labels, Tensor? labels2, {STATISTICS}, int workspace, str backend)"
-    " -> (Tensor values, Tensor integers, Tensor state, Tensor kept)",
-)
-torch.library.define(
-    "idml_fast::rowstats_backward",
-    f"(Tensor upstream, Tensor state, Tensor kept, {OPERANDS}, Tensor labels, Tensor? labels2, "
-    f"{STATISTICS}, str backend, *, bool[] wanted) -> Tensor[]",
-)
-
-
-@torch.library.impl("idml_fast::rowstats", backends.DEVICES)
-def _launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    *arguments, backend = arguments
-    return backends.launcher(backend, "rowstats").forward(*arguments)
-
-
-@torch.library.impl("idml_fast::rowstats_backward", backends.DEVICES)
-def _launch_backward(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
-    *arguments, backend = arguments
-    return backends.launcher(backend, "rowstats").backward(*arguments, wanted=wanted)
-
-
 def empty_results(
     sem: Tensor,  # [N, Ds]
     unc: Tensor | None,  # [N, Du]
@@ -230,12 +207,10 @@ def empty_results(
     )
 
 
-@torch.library.register_fake("idml_fast::rowstats")
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return empty_results(*arguments[:-1])
 
 
-@torch.library.register_fake("idml_fast::rowstats_backward")
 def _backward_fake(*arguments: Any, wanted: list[bool]) -> list[Tensor]:
     return empty_gradients(arguments[3:11], wanted)
 
@@ -292,5 +267,17 @@ def _of_bounds(
     return torch.stack(found)
 
 
-torch.library.register_autograd("idml_fast::rowstats", _backward, setup_context=_save)
-torch.library.register_autograd("idml_fast::rowstats_backward", no_second_derivative("rowstats"))
+define(
+    "rowstats",
+    f"({OPERANDS}, Tensor labels, Tensor? labels2, {STATISTICS}, int workspace, str backend)"
+    " -> (Tensor values, Tensor integers, Tensor state, Tensor kept)",
+    fake=_forward_fake,
+    save=_save,
+    backward=_backward,
+)
+define_backward(
+    "rowstats",
+    f"(Tensor upstream, Tensor state, Tensor kept, {OPERANDS}, Tensor labels, Tensor? labels2, "
+    f"{STATISTICS}, str backend, *, bool[] wanted) -> Tensor[]",
+    fake=_backward_fake,
+)

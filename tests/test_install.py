@@ -268,8 +268,11 @@ def test_the_installed_command_runs(site, tmp_path):
     assert said in ("", script)
 
 
-def test_importing_costs_little_beyond_torch(tmp_path):
-    """At most 0.1 s, in the best of five runs: the others may have met a busy machine."""
+def test_importing_costs_little_beyond_torch(site, tmp_path):
+    """At most 0.1 s, in the best of five runs: the others may have met a busy machine.
+
+    As installed: an installer compiles the modules, which a checkout may do on every import.
+    """
     code = """
 import time, torch
 start = time.perf_counter()
@@ -278,7 +281,7 @@ print(time.perf_counter() - start)
 """
     best = float("inf")
     for _ in range(5):
-        best = min(best, float(run(sys.executable, "-c", code, cwd=tmp_path)))
+        best = min(best, float(run(sys.executable, "-c", code, cwd=tmp_path, path=site)))
         if best <= 0.1:
             break
     assert best <= 0.1
