@@ -11,6 +11,7 @@ from torch import Tensor
 from . import backend as backends
 from .metric import Metric
 
+# One for all operations: PyTorch would make one for each step of each, with a look at the stack.
 _LIBRARY = torch.library.Library("idml_fast", "FRAGMENT")
 
 # The arguments that every operation begins with. `learned` is tau and gamma as one tensor [2] in

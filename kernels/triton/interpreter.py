@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton._C.libtriton.ir import INPUT_PRECISION
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, interpreter_builder
 
 from idml_fast import backend
@@ -25,8 +27,20 @@ def mended() -> Iterator[None]:
     float32 whatever `idml_fast.backend.precision` is; here its factors are rounded first, or split
     in two, as Triton compiles them. The sums of a product stay float32: how the matrix units of a
     GPU round those is not emulated.
+
+    It also puts its own functions in the place of Triton's language once a launch: by itself it
+    does so at every function that a kernel calls, which takes a third of the time.
     """
     create_dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    patch_language, replaced = interpreter._patch_lang, interpreter._LangPatchScope()
+
+    def patch_language_once(function: Any) -> Any:
+        nonlocal replaced
+        if not replaced._changes:  # the end of a launch has taken them back
+            # For a function that sees all of the language: Triton's own ones see its core.
+            seen = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+            replaced = patch_language(seen)
+        return replaced
 
     def mended_dot(
         self: Any, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: Any, *others: Any
@@ -52,6 +66,7 @@ def mended() -> Iterator[None]:
     with (
         patch.object(InterpreterBuilder, "create_dot", mended_dot),
         patch.object(InterpreterBuilder, "cast_impl", mended_cast),
+        patch.object(interpreter, "_patch_lang", patch_language_once),
         patch.dict(options, allowed_dot_input_precisions=backend.PRECISIONS),
     ):
         yield
