@@ -1,4 +1,5 @@
-"""What all operations have in common: their first arguments, and how those get their gradients."""
+"""What all operations have in common: their first arguments, how those get their gradients, and
+what PyTorch is told of them."""
 
 from __future__ import annotations
 

@@ -74,5 +74,5 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const std::uint32_t (
 }  // namespace idml::ptx
 
 #else
-#include "emulation.h"
+#include "emulated_ptx.h"
 #endif

@@ -179,4 +179,7 @@ __device__ __forceinline__ void meet(int barrier, int threads) {
 }
 
 }  // namespace idml::ptx
+
+#else
+#include "emulated_ptx_hopper.h"
 #endif
